@@ -1,0 +1,3 @@
+"""Penstock: the batch layer for any LLM endpoint."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,302 @@
+"""The nouns, their states and the table of transitions.
+
+Everything here is a value: no input, no output, no clock. Names are the API's where the API
+has one; times (`_at`) are Unix timestamps in seconds.
+
+    create ─► validating ─► in_progress ─► finalizing ─► completed
+                  │  │          │   │          │   └───► expired
+                  │  └► failed  │   │          │
+                  └─────────────┴───┴─ cancel ─┴─► cancelling ─► cancelled
+"""
+
+import re
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NewType
+
+ProjectId = NewType("ProjectId", str)
+KeyId = NewType("KeyId", str)
+FileId = NewType("FileId", str)
+BatchId = NewType("BatchId", str)
+SliceId = NewType("SliceId", str)
+"""`<batch id>:<index>`, the name under which a slice travels through the engine."""
+
+
+class BatchStatus(StrEnum):
+    """Where a batch stands. The values are the wire's.
+
+    None of these needs a process to survive: after a crash the engine is refilled from the
+    store and each batch goes on from the status it has.
+    """
+
+    VALIDATING = (
+        "validating"  # created; its file is being read. A crash starts the reading anew
+    )
+    FAILED = "failed"  # the file had faults; nothing was sent. Final
+    IN_PROGRESS = "in_progress"  # its slices are handed to workers
+    FINALIZING = "finalizing"  # nothing is sent any more; a crash starts the writing anew
+    COMPLETED = "completed"  # every line has its reply, good or bad. Final
+    EXPIRED = "expired"  # the completion window closed first. Final
+    CANCELLING = "cancelling"  # nothing new is sent; lines in flight may still end
+    CANCELLED = "cancelled"  # final
+
+
+TRANSITIONS: dict[BatchStatus, frozenset[BatchStatus]] = {
+    BatchStatus.VALIDATING: frozenset(
+        {BatchStatus.IN_PROGRESS, BatchStatus.FAILED, BatchStatus.CANCELLING}
+    ),
+    BatchStatus.IN_PROGRESS: frozenset({BatchStatus.FINALIZING, BatchStatus.CANCELLING}),
+    BatchStatus.FINALIZING: frozenset(
+        {BatchStatus.COMPLETED, BatchStatus.EXPIRED, BatchStatus.CANCELLING}
+    ),
+    BatchStatus.CANCELLING: frozenset({BatchStatus.CANCELLED}),
+    BatchStatus.FAILED: frozenset(),
+    BatchStatus.COMPLETED: frozenset(),
+    BatchStatus.EXPIRED: frozenset(),
+    BatchStatus.CANCELLED: frozenset(),
+}
+"""To which statuses a batch may move. A status without a way out is final."""
+
+FINAL = frozenset(status for status, ways_out in TRANSITIONS.items() if not ways_out)
+
+
+class SliceStatus(StrEnum):
+    """Where a slice stands."""
+
+    PENDING = "pending"  # no worker holds it; segments of earlier attempts may exist
+    RUNNING = (
+        "running"  # a worker holds it, until its lease ends; then it is due again
+    )
+    ENDED = "ended"  # each of its lines has a reply in the segment of its last attempt
+
+
+class Purpose(StrEnum):
+    """What a file is for. `batch_output` is made by the service only."""
+
+    ASSISTANTS = "assistants"
+    BATCH = "batch"
+    FINE_TUNE = "fine-tune"
+    VISION = "vision"
+    USER_DATA = "user_data"
+    EVALS = "evals"
+    BATCH_OUTPUT = "batch_output"
+
+
+UPLOAD_PURPOSES = tuple(purpose for purpose in Purpose if purpose is not Purpose.BATCH_OUTPUT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """An endpoint that the lines of a batch may call."""
+
+    path: str
+    """As clients write it, with `/v1`."""
+    required: tuple[str, ...]
+    """Body parameters without which no upstream can answer; checked before anything is sent."""
+
+
+ENDPOINTS: dict[str, Endpoint] = {
+    endpoint.path: endpoint
+    for endpoint in (
+        Endpoint(path="/v1/chat/completions", required=("model", "messages")),
+        Endpoint(path="/v1/completions", required=("model", "prompt")),
+        Endpoint(path="/v1/responses", required=("model",)),
+        Endpoint(path="/v1/embeddings", required=("model", "input")),
+        Endpoint(path="/v1/moderations", required=("model", "input")),
+        Endpoint(path="/v1/images/generations", required=("model", "prompt")),
+        Endpoint(path="/v1/rerank", required=("model", "query", "documents")),
+        Endpoint(path="/v1/score", required=("model",)),
+        Endpoint(path="/v1/messages", required=("model", "messages")),
+    )
+}
+"""By path. To add an endpoint, add a row."""
+
+
+def find_endpoint(url: str) -> Endpoint | None:
+    """Find the endpoint that `url` names, with or without its `/v1`; None if there is none."""
+    return ENDPOINTS.get(url) or ENDPOINTS.get(f"/v1{url}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Project:
+    """Who owns files, batches and keys."""
+
+    id: ProjectId
+    name: str
+    weight: int = 1
+    """Its share of the workers beside other projects that have work, from 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiKey:
+    """A key as it is kept: never the key itself."""
+
+    id: KeyId
+    project_id: ProjectId
+    project: str
+    """The project's name."""
+    hint: str
+    """The first and last characters, enough for a person to tell keys apart."""
+    created_at: int
+    revoked_at: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class File:
+    """A `File` object of the API and where its bytes lie."""
+
+    id: FileId
+    project_id: ProjectId
+    purpose: Purpose
+    filename: str
+    bytes: int
+    sha256: str
+    blob_key: str
+    created_at: int
+    expires_at: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens, summed over replies. Missing figures count as 0."""
+
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    reasoning_tokens: int = 0
+    total_tokens: int = 0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            input_tokens=self.input_tokens + other.input_tokens,
+            cached_tokens=self.cached_tokens + other.cached_tokens,
+            output_tokens=self.output_tokens + other.output_tokens,
+            reasoning_tokens=self.reasoning_tokens + other.reasoning_tokens,
+            total_tokens=self.total_tokens + other.total_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """How many lines a batch has and how they ended; `completed + failed <= total`."""
+
+    total: int = 0
+    completed: int = 0
+    failed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One thing that is wrong with an input file; an entry of `errors.data`."""
+
+    code: str
+    message: str
+    param: str | None = None
+    line: int | None = None
+    """The line's number in the file, from 1; None if it is about the whole file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A batch as the store keeps it."""
+
+    id: BatchId
+    project_id: ProjectId
+    status: BatchStatus
+    endpoint: str
+    """As the client wrote it."""
+    input_file_id: FileId
+    input_blob_key: str
+    """The bytes of the input file, so that a batch outlives the deletion of its `File`."""
+    completion_window: str
+    expires_at: int
+    created_at: int
+    job_name: str | None = None
+    metadata: dict[str, str] | None = None
+    model: str | None = None
+    """The model of all its lines; None while it is not known and where they differ."""
+    faults: tuple[Fault, ...] = ()
+    output_file_id: FileId | None = None
+    error_file_id: FileId | None = None
+    in_progress_at: int | None = None
+    finalizing_at: int | None = None
+    completed_at: int | None = None
+    failed_at: int | None = None
+    expired_at: int | None = None
+    cancelling_at: int | None = None
+    cancelled_at: int | None = None
+    counts: Counts = field(default_factory=Counts)
+    usage: Usage = field(default_factory=Usage)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """A run of neighbouring requests of one batch: the unit that is claimed and counted."""
+
+    batch_id: BatchId
+    index: int
+    """Its place in the batch, from 0."""
+    start: int
+    """Offset of its first byte in the input file."""
+    end: int
+    """Offset after its last byte."""
+    first_line: int
+    """Number of its first request's line in the input file, from 1."""
+    requests: int
+    """How many requests it holds; blank lines between them are not counted."""
+    models: tuple[str, ...]
+    """The models that its requests name, each once."""
+    status: SliceStatus = SliceStatus.PENDING
+    attempt: int = 0
+    """How often it was claimed; fences every write about it."""
+    completed: int = 0
+    failed: int = 0
+    usage: Usage = field(default_factory=Usage)
+
+    @property
+    def id(self) -> SliceId:
+        return slice_id(self.batch_id, self.index)
+
+
+def slice_id(batch_id: BatchId, index: int) -> SliceId:
+    """The name under which a slice travels through the engine."""
+    return SliceId(f"{batch_id}:{index}")
+
+
+def parse_slice_id(name: str) -> tuple[BatchId, int]:
+    """The batch and index that `slice_id` was given."""
+    batch_id, _, index = name.rpartition(":")
+    return BatchId(batch_id), int(index)
+
+
+class JobKind(StrEnum):
+    """What the engine hands out. A job carries an ID and nothing else."""
+
+    VALIDATE = "validate"  # a batch's input file is to be read
+    SLICE = "slice"  # a slice is to be run
+    FINALIZE = "finalize"  # a batch may be ready to end: see what is missing, write its files
+    EXPIRE = "expire"  # a batch's completion window closes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Work for the engine."""
+
+    kind: JobKind
+    id: str
+    due_at: float | None = None
+    """When it may be handed out; None means at once."""
+
+
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def parse_window(text: str) -> int | None:
+    """Read a completion window such as `90s`, `24h` or `7d`.
+
+    Returns:
+        Its length in seconds, or None if `text` is not a whole number from 1 followed by
+        `s`, `m`, `h` or `d`.
+    """
+    match = re.fullmatch(r"([1-9][0-9]{0,9})([smhd])", text)
+    return int(match[1]) * _UNITS_S[match[2]] if match else None

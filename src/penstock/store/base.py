@@ -1,0 +1,345 @@
+"""The contract of durable state: projects, keys, files, batches and slices.
+
+One method is one transaction: it happens whole or not at all, and concurrent callers see it
+at one moment. The store decides nothing; the rules come from `model`. Times are Unix seconds
+and come in as arguments.
+
+Every write about a slice names the attempt it belongs to and changes nothing if the slice has
+been claimed since: a late writer is ignored, never merged.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from penstock.model import (
+    ApiKey,
+    Batch,
+    BatchId,
+    BatchStatus,
+    Counts,
+    Fault,
+    File,
+    FileId,
+    Job,
+    KeyId,
+    Project,
+    ProjectId,
+    Purpose,
+    Slice,
+    SliceId,
+    Usage,
+)
+
+
+class JobSink(Protocol):
+    """Where the store puts the jobs that a transaction brings forth."""
+
+    async def enqueue(self, jobs: Sequence[Job], *, connection: object | None = None) -> None:
+        """Take over `jobs`. A job that is waiting already is not taken twice.
+
+        Args:
+            connection: The database connection whose open transaction the jobs belong to;
+                None where the store calls only after its commit.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """Where in a list to start and how much to give: keyset, newest first."""
+
+    limit: int
+    after: str | None = None
+    """The ID of the last object that the caller has; None starts at the beginning."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchFilter:
+    """Which batches a list shows; None or empty means all."""
+
+    status: BatchStatus | None = None
+    job_name: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict[str, str])
+    """Each of these keys must have this value."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchChange:
+    """What changes along with a batch's status. None leaves a field as it is."""
+
+    model: str | None = None
+    counts: Counts | None = None
+    usage: Usage | None = None
+    faults: Sequence[Fault] = ()
+    slices: Sequence[Slice] = ()
+    """Added, all pending. Only on the way to `in_progress`."""
+    output: File | None = None
+    """Added and named in `output_file_id`."""
+    error: File | None = None
+    """Added and named in `error_file_id`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backlog:
+    """A batch that has slices waiting, as far as the feeder must know it."""
+
+    batch_id: BatchId
+    project_id: ProjectId
+    weight: int
+    expires_at: int
+    created_at: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimedSlice:
+    """A slice that one worker alone holds, and what it needs to run it."""
+
+    slice: Slice
+    """With `attempt` as raised by this claim."""
+    endpoint: str
+    input_blob_key: str
+    expires_at: int
+    """When the batch's completion window closes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SliceReport:
+    """How far one attempt at a slice has come. Counts are of the whole slice and durable."""
+
+    id: SliceId
+    attempt: int
+    completed: int
+    failed: int
+    usage: Usage
+    ends: bool | None = None
+    """True: each line has its reply, the slice has ended. False: the worker gives it back
+    unfinished. None: the worker goes on, and its lease is extended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SliceTally:
+    """How the slices of a batch stand."""
+
+    pending: int = 0
+    running: int = 0
+    ended: int = 0
+
+
+class Store(Protocol):
+    """Keeps projects, keys, files, batches and slices."""
+
+    async def open(self) -> None:
+        """Bring the schema to this version and make ready. Safe from two processes at once.
+
+        Raises:
+            InvalidSettings: The schema is newer than this version of Penstock.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Let go of the database. A second call does nothing."""
+        ...
+
+    async def ping(self) -> None:
+        """Make sure that the database takes writes.
+
+        Raises:
+            StorageUnavailable: It does not.
+        """
+        ...
+
+    # Projects and keys
+
+    async def ensure_project(self, name: str, *, weight: int | None = None) -> Project:
+        """Get the project called `name`, made if it is not there.
+
+        Args:
+            weight: Its share of the workers; None keeps the weight it has, or 1.
+        """
+        ...
+
+    async def add_key(self, key: ApiKey, *, digest: str) -> None:
+        """Keep a key under the hex digest of its SHA-256. Does nothing if the digest is there
+        and not revoked; a revoked one is made valid again."""
+        ...
+
+    async def find_key(self, digest: str) -> ApiKey | None:
+        """The key with this digest, unless it is unknown or revoked."""
+        ...
+
+    async def list_keys(self) -> list[ApiKey]:
+        """All keys, revoked ones too, oldest first."""
+        ...
+
+    async def revoke_key(self, key_id: KeyId, *, now: int) -> ApiKey:
+        """Make a key invalid from now on. A second call changes nothing.
+
+        Raises:
+            NotFound: There is no such key.
+        """
+        ...
+
+    # Files
+
+    async def add_file(self, file: File) -> None:
+        """Publish a file whose bytes are durable already."""
+        ...
+
+    async def get_file(self, project_id: ProjectId, file_id: FileId) -> File:
+        """
+        Raises:
+            NotFound: No such file in this project: `No such File object: <id>`.
+        """
+        ...
+
+    async def list_files(
+        self, project_id: ProjectId, page: Page, *, purpose: Purpose | None, newest_first: bool
+    ) -> list[File]:
+        """List a project's files by creation.
+
+        Returns:
+            Up to `page.limit` files after `page.after`. If that ID is not there (any more),
+            an empty list, which is what ends the paging of old clients.
+        """
+        ...
+
+    async def delete_file(self, project_id: ProjectId, file_id: FileId) -> File | None:
+        """Take a file out of every list.
+
+        Returns:
+            The file if its bytes are not needed any more and are to be deleted by the caller;
+            None if a batch that is not final still reads them.
+
+        Raises:
+            NotFound: No such file in this project.
+        """
+        ...
+
+    async def unused_blobs(self, keys: Collection[str]) -> set[str]:
+        """Which of these blob keys no file and no unfinished batch names."""
+        ...
+
+    async def list_expired_files(self, *, now: int, limit: int) -> list[File]:
+        """Files of all projects whose `expires_at` is not after `now`."""
+        ...
+
+    # Batches
+
+    async def add_batch(self, batch: Batch) -> None:
+        """Add a batch in `validating` and enqueue its `validate` and `expire` jobs with it.
+
+        Raises:
+            NotFound: Its input file has been deleted meanwhile; nothing was added.
+        """
+        ...
+
+    async def get_batch(
+        self, batch_id: BatchId, *, project_id: ProjectId | None = None
+    ) -> Batch:
+        """Get a batch with its counts and usage so far, which never go back.
+
+        Args:
+            project_id: Whose it must be; None asks for no owner.
+
+        Raises:
+            NotFound: `No batch found with id '<id>'.`
+        """
+        ...
+
+    async def list_batches(
+        self, project_id: ProjectId, page: Page, *, where: BatchFilter
+    ) -> list[Batch]:
+        """List a project's batches, newest first. As `list_files` where `after` is unknown."""
+        ...
+
+    async def list_unfinished(self) -> list[Batch]:
+        """The batches of all projects that are not final, oldest first."""
+        ...
+
+    async def move_batch(
+        self, batch_id: BatchId, to: BatchStatus, *, now: int, change: BatchChange | None = None
+    ) -> Batch:
+        """Move a batch to another status, stamp the time, keep what came along.
+
+        All or nothing. Moving to `finalizing` or `cancelling` enqueues its `finalize` job.
+
+        Returns:
+            The batch as it now stands.
+
+        Raises:
+            Conflict: `TRANSITIONS` has no such move from its present status.
+            NotFound: There is no such batch.
+        """
+        ...
+
+    # Slices
+
+    async def list_backlog(self, *, now: int) -> list[Backlog]:
+        """The batches that have pending slices to be handed out, of all projects.
+
+        A batch is listed if it is `in_progress` and its window is open, or `finalizing` and
+        a slice of it was reopened.
+        """
+        ...
+
+    async def list_pending(self, batch_id: BatchId, *, limit: int) -> list[Slice]:
+        """The first pending slices of a batch, in input order."""
+        ...
+
+    async def get_slices(
+        self, batch_id: BatchId, *, after: int = -1, limit: int = 1000
+    ) -> list[Slice]:
+        """Slices of a batch with an index above `after`, in input order."""
+        ...
+
+    async def tally_slices(self, batch_id: BatchId) -> SliceTally:
+        """How many slices of a batch stand where."""
+        ...
+
+    async def claim_slices(
+        self, ids: Sequence[SliceId], *, worker_id: str, lease_s: float, now: float
+    ) -> list[ClaimedSlice]:
+        """Claim slices for one worker alone; each claim raises the slice's attempt.
+
+        A slice is due if its batch is `in_progress` or `finalizing` and it is either
+
+        - pending, or
+        - running under a lease that has ended: its worker is taken to be dead.
+
+        Returns:
+            The claimed ones, in the order of `ids`. Those that are not due are left out.
+        """
+        ...
+
+    async def report_slices(
+        self, reports: Sequence[SliceReport], *, lease_s: float, now: float
+    ) -> set[SliceId]:
+        """Keep how far slices have come, end them, give them back or extend their lease.
+
+        When the last slice of an `in_progress` batch ends, or the last running one of a batch
+        that is `cancelling` or past its window stops, the batch's `finalize` job is enqueued.
+
+        Returns:
+            The slices whose attempt is not the reported one or that are not running: they
+            were lost to another claim, and nothing was changed about them.
+        """
+        ...
+
+    async def reopen_slices(self, ids: Sequence[SliceId]) -> None:
+        """Make ended slices pending again, because replies of theirs are missing."""
+        ...
+
+    async def recover_slices(self) -> int:
+        """Make all running slices pending: their workers ended with the process.
+
+        Only for a store that one process has to itself.
+
+        Returns:
+            How many there were.
+        """
+        ...
+
+    async def forget_slices(self, batch_id: BatchId) -> None:
+        """Delete the slices of a final batch, whose files hold all there is to know."""
+        ...
