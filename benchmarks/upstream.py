@@ -1,0 +1,146 @@
+"""An upstream that does as little as can be, so that it is never what is measured.
+
+It answers every POST with the same completion, at once or after a latency, and counts which
+lines it saw: a line names itself by `line-<number> ` in its body. `GET /stats` tells.
+
+    python -m benchmarks.upstream --port 9000 --latency-ms 0
+"""
+
+import argparse
+import asyncio
+import json
+import re
+import time
+
+_LINE = re.compile(rb"line-([0-9]+) ")
+_LENGTH = re.compile(rb"content-length: *([0-9]+)", re.IGNORECASE)
+
+_BODY = json.dumps(
+    {
+        "id": "chatcmpl-0",
+        "object": "chat.completion",
+        "created": 1750000000,
+        "model": "sim",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "All work and no play. " * 16},
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": {"prompt_tokens": 180, "completion_tokens": 64, "total_tokens": 244},
+    }
+).encode()
+_ANSWER = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    % len(_BODY)
+) + _BODY
+
+
+class Counts:
+    """What was seen, over all connections."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, int] = {}
+        self.requests = 0
+        self.in_flight = 0
+        self.max_in_flight = 0
+        self.last_at = 0.0
+        self.first_at = 0.0
+
+    def as_json(self) -> bytes:
+        return json.dumps(
+            {
+                "requests": self.requests,
+                "lines": len(self.seen),
+                "again": sum(count - 1 for count in self.seen.values()),
+                "most": max(self.seen.values(), default=0),
+                "in_flight": self.in_flight,
+                "max_in_flight": self.max_in_flight,
+                "first_at": self.first_at,
+                "last_at": self.last_at,
+            }
+        ).encode()
+
+
+class Upstream(asyncio.Protocol):
+    """One connection."""
+
+    def __init__(self, counts: Counts, latency_s: float) -> None:
+        self._counts = counts
+        self._latency_s = latency_s
+        self._buffer = b""
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer = self._buffer + data if self._buffer else data
+        while True:
+            head = self._buffer.find(b"\r\n\r\n")
+            if head < 0:
+                return
+            match = _LENGTH.search(self._buffer, 0, head)
+            end = head + 4 + (int(match[1]) if match else 0)
+            if len(self._buffer) < end:
+                return
+            request, self._buffer = self._buffer[:end], self._buffer[end:]
+            self._take(request)
+
+    def _take(self, request: bytes) -> None:
+        if request.startswith(b"GET"):
+            body = (
+                self._counts.as_json()
+                if b"/stats" in request[:40]
+                else b'{"object":"list","data":[{"id":"sim","object":"model"}]}'
+            )
+            self._write(
+                b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
+                b"content-length: %d\r\n\r\n%b" % (len(body), body)
+            )
+            return
+        counts = self._counts
+        counts.requests += 1
+        counts.last_at = time.time()
+        counts.first_at = counts.first_at or counts.last_at
+        if match := _LINE.search(request):
+            line = int(match[1])
+            counts.seen[line] = counts.seen.get(line, 0) + 1
+        if self._latency_s:
+            counts.in_flight += 1
+            counts.max_in_flight = max(counts.max_in_flight, counts.in_flight)
+            asyncio.get_running_loop().call_later(self._latency_s, self._answer_late)
+        else:
+            self._write(_ANSWER)
+
+    def _answer_late(self) -> None:
+        self._counts.in_flight -= 1
+        self._write(_ANSWER)
+
+    def _write(self, data: bytes) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(data)
+
+
+async def _serve(port: int, latency_s: float) -> None:
+    counts = Counts()
+    server = await asyncio.get_running_loop().create_server(
+        lambda: Upstream(counts, latency_s), "127.0.0.1", port, backlog=4096
+    )
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+def main() -> None:
+    import uvloop
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--latency-ms", type=float, default=0.0)
+    options = parser.parse_args()
+    uvloop.run(_serve(options.port, options.latency_ms / 1000))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,366 @@
+"""The composition root: the only place that names implementations.
+
+`open_app` puts the parts together over a data directory and runs the work; `serve` puts the
+API before it.
+
+    settings ─► store, blobs, segments ─► service ─► api
+                     └─► engine ─► feeder, worker, lifecycle, upkeep
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import gc
+import os
+import resource
+import secrets
+import signal
+import sys
+import time
+from collections.abc import AsyncGenerator, Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import uvicorn
+
+from penstock import __version__
+from penstock.api.routes import create_api
+from penstock.blobs.objects import ObjectBlobs
+from penstock.blobs.segments import LocalSegments
+from penstock.engine.pgqueuer import MemoryEngine
+from penstock.errors import DataDirInUse, InvalidSettings
+from penstock.executor.feeder import Feeder
+from penstock.executor.lifecycle import Lifecycle, LifecycleOptions
+from penstock.executor.partial import PartialResults
+from penstock.executor.retry import RetryPolicy
+from penstock.executor.upkeep import keep_up, recover
+from penstock.executor.worker import Worker, WorkerOptions
+from penstock.keys import key_digest, key_hint, new_key
+from penstock.model import ApiKey, JobKind, KeyId, ProjectId
+from penstock.places import KEY_FILE
+from penstock.service import Service, ServiceLimits
+from penstock.settings import Settings
+from penstock.store.sql import SqlStore
+from penstock.telemetry import Health
+from penstock.upstream.openai_http import OpenAIHttpUpstream
+from penstock.upstream.routes import Route, Routes
+
+_log = structlog.get_logger()
+
+DEFAULT_PROJECT = "default"
+_FILE_LIFE_S = 30 * 86400
+"""How long input and result files are kept, as OpenAI keeps them."""
+_DRAIN_S = 5.0
+"""How long the end of a process may take beyond the grace time of its settings."""
+
+
+@dataclass(frozen=True, slots=True)
+class App:
+    """A data directory at work."""
+
+    service: Service
+    health: Health
+    project_id: ProjectId
+    """The project `default`."""
+    first_key: str | None
+    """The key that this start made; None if there was one."""
+
+
+def store_url(data_dir: Path) -> str:
+    """Where the state of a data directory lies."""
+    return f"sqlite+aiosqlite:///{data_dir.absolute() / 'penstock.db'}"
+
+
+@contextlib.asynccontextmanager
+async def open_app(settings: Settings) -> AsyncGenerator[App]:
+    """Take up the work of a data directory, and leave it in good order at the end.
+
+    Raises:
+        DataDirInUse: Another process works in it.
+        InvalidSettings: The directory cannot be used.
+    """
+    data_dir = settings.data_dir
+    with _owned(data_dir):
+        health = Health()
+        engine = MemoryEngine()
+        store = SqlStore(store_url(data_dir), jobs=engine)
+        blobs = ObjectBlobs(data_dir / "blobs")
+        segments = LocalSegments(data_dir / "segments")
+        routes, policies = _make_routes(settings)
+        feeder = Feeder(store=store, engine=engine)
+        worker = Worker(
+            store=store,
+            blobs=blobs,
+            segments=segments,
+            routes=routes,
+            policies=policies,
+            health=health,
+            options=_worker_options(settings),
+            wants_more=feeder.has_room,
+            took=feeder.hold,
+        )
+        feeder.serve(worker)
+        lifecycle = Lifecycle(
+            store=store,
+            blobs=blobs,
+            segments=segments,
+            engine=engine,
+            accepts_model=lambda model: routes.find(model) is not None,
+            options=_lifecycle_options(settings),
+            feed=feeder.poke,
+        )
+        engine.handle(JobKind.VALIDATE, lifecycle.validate)
+        engine.handle(JobKind.SLICE, worker.run_slice)
+        engine.handle(JobKind.FINALIZE, lifecycle.settle)
+        engine.handle(JobKind.EXPIRE, lifecycle.settle)
+        service = Service(
+            store=store,
+            blobs=blobs,
+            partial=PartialResults(store=store, segments=segments),
+            upstreams=routes,
+            limits=_service_limits(settings),
+        )
+        await store.open()
+        try:
+            project_id = await _ensure_projects(settings, store)
+            first_key = await _ensure_key(settings, store, project_id)
+            await recover(store=store, blobs=blobs, segments=segments, engine=engine)
+            async with asyncio.TaskGroup() as tasks:
+                working = tasks.create_task(worker.run())
+                handing = tasks.create_task(engine.run())
+                others = [
+                    tasks.create_task(feeder.run()),
+                    tasks.create_task(keep_up(store=store, blobs=blobs)),
+                ]
+                try:
+                    yield App(service, health, project_id, first_key)
+                finally:
+                    for other in others:
+                        other.cancel()
+                    worker.stop()
+                    await _end(engine, settings.server.shutdown_grace_s + _DRAIN_S)
+                    handing.cancel()
+                    worker.close()
+                    working.cancel()
+        finally:
+            await routes.close()
+            await store.close()
+
+
+async def serve(settings: Settings, *, announce: Callable[[str, App], None]) -> None:
+    """Serve the API and run the work until SIGTERM or SIGINT.
+
+    Args:
+        announce: Called with the API's address once it answers.
+    """
+    raise_file_limit()
+    async with open_app(settings) as app:
+        open_project = None if settings.server.auth else app.project_id
+        api = create_api(app.service, app.health, open_project=open_project)
+        server = _Server(
+            uvicorn.Config(
+                api,
+                host=settings.server.host,
+                port=settings.server.port,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                lifespan="off",
+                timeout_graceful_shutdown=int(settings.server.shutdown_grace_s) or None,
+            )
+        )
+        loop = asyncio.get_running_loop()
+        for name in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(name, server.ask_to_stop)
+        serving = asyncio.create_task(server.serve())
+        try:
+            while not (server.started or serving.done()):  # noqa: ASYNC110  (no event to await)
+                await asyncio.sleep(0.01)
+            if server.started:
+                # What lives now lives long: the collector need not walk it again and again.
+                gc.collect()
+                gc.freeze()
+                announce(server.address(), app)
+            await serving
+        finally:
+            server.should_exit = True
+            await serving
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, without its hold on signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield
+
+    def ask_to_stop(self) -> None:
+        """Stop in good order; asked a second time, at once."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    def address(self) -> str:
+        """Where it listens; the port is the real one also if 0 was asked for."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def raise_file_limit() -> None:
+    """Allow as many open files as the system lets us: connections and segments need them."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+@contextlib.contextmanager
+def _owned(data_dir: Path) -> Generator[None]:
+    """Hold a data directory for this process alone; the system lets go of it at its end."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise InvalidSettings(
+            f"The data directory {data_dir} cannot be used: {error.strerror}."
+        ) from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataDirInUse(
+                f"Another Penstock process works in {data_dir}; stop it, or choose another "
+                "directory with --data-dir."
+            ) from None
+        yield
+    finally:
+        os.close(lock)
+
+
+async def _ensure_projects(settings: Settings, store: SqlStore) -> ProjectId:
+    for project in settings.projects:
+        owner = await store.ensure_project(project.name, weight=project.weight)
+        for key in project.api_keys:
+            await _add_key(store, owner.id, project.name, key.get_secret_value())
+    return (await store.ensure_project(DEFAULT_PROJECT)).id
+
+
+async def _ensure_key(settings: Settings, store: SqlStore, project_id: ProjectId) -> str | None:
+    """Make the key of the project `default`, as the settings say or on an empty directory."""
+    if settings.api_key is not None:
+        await _add_key(store, project_id, DEFAULT_PROJECT, settings.api_key.get_secret_value())
+        return None
+    if settings.projects or not settings.server.auth or await store.list_keys():
+        return None
+    key = new_key()
+    await _add_key(store, project_id, DEFAULT_PROJECT, key)
+    _write_private(settings.data_dir / KEY_FILE, f"{key}\n")
+    return key
+
+
+def _write_private(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    path.touch(mode=0o600)
+    path.write_text(text)
+
+
+async def _add_key(store: SqlStore, project_id: ProjectId, project: str, key: str) -> None:
+    record = ApiKey(
+        id=KeyId(f"key_{secrets.token_hex(8)}"),
+        project_id=project_id,
+        project=project,
+        hint=key_hint(key),
+        created_at=int(time.time()),
+    )
+    await store.add_key(record, digest=key_digest(key))
+
+
+async def _end(engine: MemoryEngine, patience_s: float) -> None:
+    try:
+        async with asyncio.timeout(patience_s):
+            await engine.stop()
+    except TimeoutError:
+        _log.warning("Some work did not end in time; the next start takes it up.")
+
+
+def _make_routes(settings: Settings) -> tuple[Routes, dict[str, RetryPolicy]]:
+    routes = [
+        Route(
+            upstream=OpenAIHttpUpstream(
+                name=upstream.name,
+                base_url=upstream.base_url,
+                api_key=upstream.api_key.get_secret_value() if upstream.api_key else None,
+                max_concurrency=upstream.max_concurrency,
+                request_timeout_s=upstream.request_timeout_s,
+                connect_timeout_s=upstream.connect_timeout_s,
+            ),
+            models=upstream.models,
+        )
+        for upstream in settings.upstreams
+    ]
+    policies = {
+        upstream.name: RetryPolicy(max_attempts=upstream.max_attempts)
+        for upstream in settings.upstreams
+    }
+    return Routes(routes), policies
+
+
+def _worker_options(settings: Settings) -> WorkerOptions:
+    worker = settings.worker
+    return WorkerOptions(
+        worker_id=f"{os.uname().nodename}-{os.getpid()}",
+        lease_s=worker.lease_s,
+        flush_interval_s=worker.flush_interval_s,
+        flush_bytes=worker.flush_bytes,
+        cancel_grace_s=worker.cancel_grace_s,
+        shutdown_grace_s=settings.server.shutdown_grace_s,
+    )
+
+
+def _lifecycle_options(settings: Settings) -> LifecycleOptions:
+    limits, worker = settings.limits, settings.worker
+    return LifecycleOptions(
+        max_requests=limits.requests_per_batch,
+        max_line_bytes=limits.line_bytes,
+        max_faults=limits.reported_faults,
+        slice_requests=worker.slice_requests,
+        slice_bytes=worker.slice_bytes,
+        file_retention_s=_FILE_LIFE_S,
+    )
+
+
+def _service_limits(settings: Settings) -> ServiceLimits:
+    limits = settings.limits
+    return ServiceLimits(
+        input_file_bytes=limits.input_file_bytes,
+        default_completion_window=limits.default_completion_window,
+        max_completion_window=limits.max_completion_window,
+        input_file_life_s=_FILE_LIFE_S,
+    )
+
+
+def greeting(address: str, app: App, settings: Settings) -> str:
+    """What `serve` prints once it answers."""
+    lines = [f"Penstock {__version__} listens on {address} (data in {settings.data_dir})."]
+    if not settings.upstreams:
+        lines.append(
+            "There is no upstream yet, so every batch will fail: add --upstream URL or an "
+            "[[upstreams]] table to the settings."
+        )
+    if app.first_key is not None:
+        lines += [
+            f"Your API key, shown only this once: {app.first_key}",
+            f"It is kept in {settings.data_dir / KEY_FILE} for the commands of this directory.",
+        ]
+    if not settings.server.auth:
+        lines.append("No key is asked for.")
+    return "\n".join(lines)
+
+
+def run_server(settings: Settings) -> None:
+    """Serve until the process is told to stop. What `penstock serve` does."""
+    import uvloop  # noqa: PLC0415  (not on every platform)
+
+    def announce(address: str, app: App) -> None:
+        print(greeting(address, app, settings), flush=True)
+
+    sys.setswitchinterval(0.001)
+    uvloop.run(serve(settings, announce=announce))

@@ -1,0 +1,144 @@
+"""Blobs in a folder, through obstore, which speaks to object stores alike.
+
+A blob is written under a temporary name and renamed when it is whole; obstore removes the
+temporary file when the writing fails or is cancelled. What a killed process leaves behind is
+found by `leftovers`.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import LocalStore
+
+from penstock.errors import NotFound, StorageUnavailable
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta
+
+PIECE_BYTES = 1 << 20
+"""How much is read or written at once."""
+_PARTS_IN_FLIGHT = 2
+
+
+class ObjectBlobs:
+    """Keeps blobs as files below `root`, which is made if it is not there."""
+
+    def __init__(self, root: Path) -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        self._root = root
+        self._store = LocalStore(root, mkdir=True)
+
+    async def put(self, key: str, chunks: AsyncIterator[bytes]) -> int:
+        size = 0
+        source_error: Exception | None = None
+
+        async def counted() -> AsyncIterator[bytes]:
+            nonlocal size, source_error
+            try:
+                async for chunk in chunks:
+                    size += len(chunk)
+                    yield chunk
+            except Exception as error:
+                source_error = error
+                raise
+
+        try:
+            await obstore.put_async(
+                self._store,
+                key,
+                counted(),
+                chunk_size=PIECE_BYTES,
+                max_concurrency=_PARTS_IN_FLIGHT,
+                use_multipart=True,
+            )
+            await asyncio.to_thread(self._sync, key)
+        except (BaseError, OSError) as error:
+            if source_error is not None:
+                raise source_error from None
+            raise StorageUnavailable(
+                f"The storage did not take a file: {_cause(error)}."
+            ) from error
+        return size
+
+    async def size(self, key: str) -> int:
+        with _reading(key):
+            return (await obstore.head_async(self._store, key))["size"]
+
+    async def get_range(self, key: str, start: int, end: int) -> bytes:
+        if end <= start:
+            return b""
+        with _reading(key):
+            data = await obstore.get_range_async(self._store, key, start=start, end=end)
+        return data.to_bytes()
+
+    async def stream(
+        self, key: str, start: int = 0, end: int | None = None
+    ) -> AsyncIterator[bytes]:
+        stop = await self.size(key) if end is None else end
+        ahead = None
+        try:
+            while start < stop or ahead is not None:
+                data = await ahead if ahead is not None else b""
+                ahead = None
+                if start < stop:
+                    # The next piece is read while the caller works on this one.
+                    following = min(start + PIECE_BYTES, stop)
+                    ahead = asyncio.ensure_future(self.get_range(key, start, following))
+                    start = following
+                if data:
+                    yield data
+        finally:
+            if ahead is not None:
+                ahead.cancel()
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            with _reading(key):
+                try:
+                    await obstore.delete_async(self._store, key)
+                except FileNotFoundError:
+                    continue
+
+    async def iter_keys(self, prefix: str) -> AsyncIterator[str]:
+        pages: AsyncIterable[Sequence[ObjectMeta]] = obstore.list(self._store, prefix)  # pyright: ignore[reportUnknownMemberType]
+        async for page in pages:
+            for entry in page:
+                yield entry["path"]
+
+    def leftovers(self) -> list[Path]:
+        """Temporary files of writes that a dead process did not end.
+
+        Only for a folder that this process has to itself and before its first `put`.
+        """
+        return [path for path in self._root.rglob("*#*") if path.is_file()]
+
+    def _sync(self, key: str) -> None:
+        """Make a renamed file survive a loss of power."""
+        path = self._root / key
+        for target in (path, path.parent):
+            descriptor = os.open(target, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+@contextmanager
+def _reading(key: str):
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise NotFound(f"There is no blob '{key}'.") from error
+    except (BaseError, OSError) as error:
+        raise StorageUnavailable(f"The storage did not answer: {_cause(error)}.") from error
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of an error, without the paths that obstore adds below it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,0 +1,130 @@
+"""PgQueuer as the engine, in its in-memory form.
+
+Nothing is kept here: the store is the truth, and whoever opens a data directory fills the
+engine from it. Cancellation, due times and handing out are PgQueuer's; that a job is not
+taken twice while it waits, and that one which is being done comes again after it, is ours.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+import anyio
+import structlog
+from pgqueuer.adapters.inmemory import InMemoryDriver, InMemoryQueries
+from pgqueuer.core.applications import PgQueuer
+from pgqueuer.domain.models import Context
+from pgqueuer.domain.models import Job as QueuedJob
+from pgqueuer.domain.types import JobId
+
+from penstock.engine.base import Handler
+from penstock.model import Job, JobKind
+
+_log = structlog.get_logger()
+
+_Key = tuple[JobKind, str]
+_FORGET_S = 60.0
+_HAND_OUT = 64
+_LOOK_AGAIN_S = 0.005
+
+
+class MemoryEngine:
+    """Hands out jobs within one process."""
+
+    def __init__(self) -> None:
+        driver = InMemoryDriver()
+        self._jobs = InMemoryQueries(driver=driver)
+        self._queue = PgQueuer(driver, queries=self._jobs)
+        # How soon it looks again when a notice was lost; in memory a look costs nothing.
+        self._queue.qm.min_dequeue_poll_interval = timedelta(seconds=_LOOK_AGAIN_S)
+        self._waiting: dict[_Key, JobId] = {}
+        self._doing: dict[_Key, JobId] = {}
+        self._again: set[_Key] = set()
+        self._ended = asyncio.Event()
+        self._ended.set()
+
+    def handle(self, kind: JobKind, handler: Handler) -> None:
+        async def do(queued: QueuedJob, context: Context) -> None:
+            key = (kind, (queued.payload or b"").decode())
+            await self._do(key, handler, context)
+
+        self._queue.entrypoint(kind.value, accepts_context=True)(do)
+
+    async def enqueue(self, jobs: Sequence[Job], *, connection: object | None = None) -> None:
+        del connection  # there is no transaction to be part of
+        fresh: dict[_Key, Job] = {}
+        for job in jobs:
+            key = (job.kind, job.id)
+            if key in self._doing:
+                self._again.add(key)
+            elif key not in self._waiting:
+                fresh[key] = job
+        if not fresh:
+            return
+        now = time.time()
+        ids = await self._jobs.enqueue(
+            [job.kind.value for job in fresh.values()],
+            [job.id.encode() for job in fresh.values()],
+            [0] * len(fresh),
+            execute_after=[
+                timedelta(seconds=max(job.due_at - now, 0.0)) if job.due_at else None
+                for job in fresh.values()
+            ],
+        )
+        self._waiting.update(zip(fresh, ids, strict=True))
+
+    async def cancel(self, jobs: Sequence[Job]) -> None:
+        ids: list[JobId] = []
+        for job in jobs:
+            key = (job.kind, job.id)
+            self._again.discard(key)
+            if (waiting := self._waiting.pop(key, None)) is not None:
+                ids.append(waiting)
+            elif (doing := self._doing.get(key)) is not None:
+                ids.append(doing)
+        if ids:
+            await self._jobs.mark_job_as_cancelled(ids)
+
+    async def run(self) -> None:
+        self._ended.clear()
+        forgetting = asyncio.create_task(self._forget())
+        try:
+            await self._queue.run(batch_size=_HAND_OUT, log_aggregation_interval=timedelta(0))
+        finally:
+            forgetting.cancel()
+            self._ended.set()
+
+    async def stop(self) -> None:
+        self._queue.shutdown.set()
+        await self._ended.wait()
+
+    async def _do(self, key: _Key, handler: Handler, context: Context) -> None:
+        job_id = self._waiting.pop(key, None)
+        if job_id is None:
+            return  # cancelled between being handed out and being begun
+        self._doing[key] = job_id
+        stop = asyncio.Event()
+        watching = asyncio.create_task(_watch(context.cancellation, stop))
+        try:
+            await handler(key[1], stop)
+        except Exception:
+            _log.exception("A job failed.", kind=key[0].value, id=key[1])
+        finally:
+            watching.cancel()
+            del self._doing[key]
+            if key in self._again:
+                self._again.discard(key)
+                await self.enqueue([Job(kind=key[0], id=key[1])])
+
+    async def _forget(self) -> None:
+        """Keep PgQueuer's in-memory log of finished jobs from growing for ever."""
+        while True:
+            await asyncio.sleep(_FORGET_S)
+            await self._jobs.clear_queue_log()
+
+
+async def _watch(scope: anyio.CancelScope, stop: asyncio.Event) -> None:
+    with scope:
+        await anyio.sleep_forever()
+    stop.set()

@@ -1,0 +1,109 @@
+"""The keeper makes replies durable, for all held slices together.
+
+Replies of all segments are written and synced in groups: at the latest `flush_interval_s`
+after the first of them came, at once when a slice has its last reply or `flush_bytes` wait.
+While the disk takes nothing the gate is closed, so nothing more is sent, and what has come is
+kept in memory and tried again every second.
+"""
+
+import asyncio
+import contextlib
+import errno
+from collections.abc import Sequence
+from typing import Protocol
+
+import structlog
+
+from penstock.blobs.segments import SegmentWriter
+from penstock.telemetry import Health
+
+_log = structlog.get_logger()
+
+AGAIN_S = 1.0
+
+
+class Written(Protocol):
+    """Whose segment it is."""
+
+    writer: SegmentWriter
+    durable: asyncio.Event
+    """Set when all that was appended is on the disk."""
+
+
+class Keeper:
+    """Flushes segments in groups.
+
+    Args:
+        gate: Cleared while the disk takes no replies.
+    """
+
+    def __init__(
+        self, *, gate: asyncio.Event, health: Health, flush_interval_s: float, flush_bytes: int
+    ) -> None:
+        self._gate = gate
+        self._health = health
+        self._flush_interval_s = flush_interval_s
+        self._flush_bytes = flush_bytes
+        self._dirty: set[Written] = set()
+        self._some = asyncio.Event()
+        self._urgent = asyncio.Event()
+
+    def note(self, written: Written, *, is_last: bool) -> None:
+        """Say that something was appended to a segment."""
+        self._dirty.add(written)
+        self._some.set()
+        if is_last or written.writer.waiting_bytes >= self._flush_bytes:
+            self._urgent.set()
+
+    async def run(self) -> None:
+        """Flush until cancelled."""
+        while True:
+            await self._some.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._flush_interval_s):
+                    await self._urgent.wait()
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Make all durable that was noted before the call, however long that takes."""
+        group, self._dirty = self._dirty, set()
+        self._some.clear()
+        self._urgent.clear()
+        writers = [written.writer for written in group]
+        for writer in writers:
+            writer.prepare()
+        while True:
+            try:
+                await asyncio.to_thread(_flush_all, writers)
+                break
+            except OSError as error:
+                self.close_gate(explain(error))
+                await asyncio.sleep(AGAIN_S)
+        self.open_gate()
+        for written in group:
+            if not written.writer.is_dirty:
+                written.durable.set()
+
+    def close_gate(self, message: str) -> None:
+        """Stop the sending, because of what `message` tells."""
+        self._gate.clear()
+        if self._health.fail("storage", message):
+            _log.error("Replies cannot be kept; nothing is sent until they can.", error=message)
+
+    def open_gate(self) -> None:
+        """Let the sending go on."""
+        self._gate.set()
+        if self._health.recover("storage"):
+            _log.info("Replies can be kept again; sending goes on.")
+
+
+def explain(error: OSError) -> str:
+    """What a person should know of a disk that fails."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "The disk that holds the data directory is full. Make room; work then goes on."
+    return f"The disk that holds the data directory fails: {error.strerror or error}."
+
+
+def _flush_all(writers: Sequence[SegmentWriter]) -> None:
+    for writer in writers:
+        writer.flush()

@@ -1,0 +1,170 @@
+"""Lanes: one queue of lines for each upstream, and as many senders as it takes.
+
+A sender takes a line, sends it, and asks the retry policy what the reply means. A line that
+waits for its next attempt holds no place. Slices share a lane in the order they came, so a
+slow line delays nothing but its own slice.
+"""
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import structlog
+
+from penstock.executor.retry import RetryPolicy
+from penstock.jsonl import RequestLine
+from penstock.upstream.base import Failure, LineUpstream, Reply
+
+_log = structlog.get_logger()
+_TELL_EVERY = 64
+
+Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
+"""Starts a task that somebody owns."""
+
+
+class LineOwner(Protocol):
+    """Whose lines they are: a slice that is held."""
+
+    endpoint: str
+    expires_at: float
+    is_stopping: bool
+    """Lines that are not sent yet are to be dropped."""
+    is_aborted: bool
+    """A cancelled sender is to drop its line and go on with the next."""
+    flights: dict[int, asyncio.Task[None]]
+    """The senders of lines that are on their way, by line."""
+    timers: dict[int, tuple[asyncio.TimerHandle, RequestLine]]
+    """The lines that wait for another attempt."""
+
+    def keep(self, line: RequestLine, reply: Reply) -> None: ...
+    def drop(self, line: RequestLine) -> None: ...
+
+
+@dataclass(slots=True)
+class _Queued:
+    owner: LineOwner
+    line: RequestLine
+    attempt: int
+
+
+class Lane:
+    """The lines for one upstream.
+
+    Args:
+        gate: Nothing is sent while this is not set.
+        spawn: Starts the senders.
+        wants_more: Called now and then while the queue grows shorter.
+        low_water: With fewer lines than this it has room.
+    """
+
+    def __init__(
+        self,
+        upstream: LineUpstream,
+        policy: RetryPolicy,
+        *,
+        gate: asyncio.Event,
+        spawn: Spawn,
+        wants_more: Callable[[], None],
+        low_water: int,
+    ) -> None:
+        self.upstream = upstream
+        self._policy = policy
+        self._gate = gate
+        self._spawn = spawn
+        self._wants_more = wants_more
+        self._low_water = low_water
+        self._queue: deque[_Queued] = deque()
+        self._senders = 0
+        self.queued_bytes = 0
+        """Bytes of the bodies that are not sent yet."""
+        self.expected = 0
+        """Lines of slices that are handed out but not held yet."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it is short of lines."""
+        return len(self._queue) + self.expected < self._low_water
+
+    def put(self, owner: LineOwner, lines: list[RequestLine]) -> None:
+        """Queue lines for their first attempt."""
+        for line in lines:
+            self._queue.append(_Queued(owner, line, 1))
+            self.queued_bytes += len(line.body)
+        self._start_senders()
+
+    def _start_senders(self) -> None:
+        # A sender that has just been started has taken no line yet, so starting one for each
+        # waiting line never starts too few.
+        wanted = min(len(self._queue), self.upstream.max_concurrency - self._senders)
+        for _ in range(wanted):
+            self._senders += 1
+            self._spawn(self._send_lines())
+
+    async def _send_lines(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101
+        send = self.upstream.send
+        try:
+            while self._queue:
+                if not self._gate.is_set():
+                    await self._gate.wait()
+                    continue
+                queued = self._queue.popleft()
+                owner, line = queued.owner, queued.line
+                self.queued_bytes -= len(line.body)
+                if not len(self._queue) % _TELL_EVERY:
+                    self._wants_more()
+                if owner.is_stopping:
+                    owner.drop(line)
+                    continue
+                owner.flights[line.line] = task
+                try:
+                    reply = await send(owner.endpoint, line.body)
+                except asyncio.CancelledError:
+                    if not owner.is_aborted:
+                        raise
+                    task.uncancel()
+                    owner.drop(line)
+                    continue
+                except Exception as error:
+                    # An adapter must not raise. If one does, the line pays, not the batch.
+                    _log.exception("An upstream adapter failed.", upstream=self.upstream.name)
+                    reply = Reply(
+                        failure=Failure.INVALID, message=f"Penstock failed: {error!r}."
+                    )
+                finally:
+                    del owner.flights[line.line]
+                if reply.is_success:
+                    owner.keep(line, reply)
+                else:
+                    self._decide(queued, reply)
+        finally:
+            self._senders -= 1
+
+    def _decide(self, queued: _Queued, reply: Reply) -> None:
+        owner, line = queued.owner, queued.line
+        wait_s = self._policy.wait_s(
+            reply,
+            attempt=queued.attempt,
+            jitter=random.random(),
+            time_left_s=owner.expires_at - time.time(),
+        )
+        if wait_s is None:
+            owner.keep(line, reply)
+        elif owner.is_stopping:
+            owner.drop(line)
+        else:
+            queued.attempt += 1
+            timer = asyncio.get_running_loop().call_later(wait_s, self._put_back, queued)
+            owner.timers[line.line] = (timer, line)
+
+    def _put_back(self, queued: _Queued) -> None:
+        del queued.owner.timers[queued.line.line]
+        # It has waited long enough: it goes before the lines that were never sent.
+        self._queue.appendleft(queued)
+        self.queued_bytes += len(queued.line.body)
+        self._start_senders()

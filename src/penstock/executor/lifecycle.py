@@ -1,0 +1,426 @@
+"""The life of a batch beside its lines: validate, settle, finalize.
+
+`validate` reads the input file once and cuts it into slices. `settle` looks at a batch that
+may be ready to end and does the next thing. `finalize` writes the replies in input order into
+the output and the error file, counts them, and refuses a gap: a batch of which a line is
+missing is not finished, its slice is run again for the lines that are missing.
+"""
+
+import asyncio
+import hashlib
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from dataclasses import dataclass
+from enum import Enum, auto
+
+import structlog
+
+from penstock.blobs.base import Blobs
+from penstock.blobs.segments import Kind, LocalSegments, SliceReplies
+from penstock.engine.base import Engine
+from penstock.errors import Conflict, NotFound, PenstockError, StorageUnavailable
+from penstock.executor.replies import BATCH_CANCELLED, BATCH_EXPIRED, error_line
+from penstock.jsonl import CheckedInput, InputChecker, InputRules, iter_requests
+from penstock.model import (
+    FINAL,
+    Batch,
+    BatchId,
+    BatchStatus,
+    Counts,
+    Fault,
+    File,
+    FileId,
+    Job,
+    JobKind,
+    Purpose,
+    Slice,
+    SliceId,
+    SliceStatus,
+    Usage,
+    find_endpoint,
+)
+from penstock.store.base import BatchChange, SliceTally, Store
+
+_log = structlog.get_logger()
+
+_AGAIN_S = 1.0
+_AT_ONCE = 2
+"""How many input files are read, and how many batches written, at the same time."""
+
+
+class Step(Enum):
+    """What a batch that may be ready to end needs next."""
+
+    WAIT = auto()  # for its slices, or it has ended
+    STOP = auto()  # its running slices, then wait for them
+    WRITE = auto()  # its files
+
+
+def next_step(batch: Batch, tally: SliceTally, *, now: float) -> Step:
+    """Decide what a batch needs next."""
+    unfinished = tally.pending + tally.running
+    match batch.status:
+        case BatchStatus.CANCELLING:
+            return Step.STOP if tally.running else Step.WRITE
+        case BatchStatus.IN_PROGRESS | BatchStatus.FINALIZING:
+            if not unfinished:
+                return Step.WRITE
+            if now < batch.expires_at:
+                return Step.WAIT
+            return Step.STOP if tally.running else Step.WRITE
+        case _:
+            return Step.WAIT
+
+
+def ending(batch: Batch, *, is_whole: bool) -> BatchStatus:
+    """Which final status a batch gets whose files are written.
+
+    Args:
+        is_whole: Whether every line has a reply.
+    """
+    if batch.status is BatchStatus.CANCELLING:
+        return BatchStatus.CANCELLED
+    return BatchStatus.COMPLETED if is_whole else BatchStatus.EXPIRED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LifecycleOptions:
+    """How input files are read and result files kept."""
+
+    max_requests: int
+    max_line_bytes: int
+    max_faults: int
+    slice_requests: int
+    slice_bytes: int
+    file_retention_s: int
+    """How long output and error files are kept, from their creation."""
+
+
+class _Gap(PenstockError):
+    """Replies are missing that were counted: the slices whose they are."""
+
+    def __init__(self, slices: list[SliceId]) -> None:
+        super().__init__(f"{len(slices)} slices lack replies.")
+        self.slices = slices
+
+
+@dataclass(slots=True)
+class _Found:
+    """What the segments of a slice hold."""
+
+    piece: Slice
+    completed: int
+    failed: int
+    usage: Usage
+
+    @property
+    def missing(self) -> int:
+        return self.piece.requests - self.completed - self.failed
+
+
+class Lifecycle:
+    """Takes batches from status to status.
+
+    Args:
+        accepts_model: Whether an upstream serves a model.
+        feed: Called when a batch has new slices to hand out.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        blobs: Blobs,
+        segments: LocalSegments,
+        engine: Engine,
+        accepts_model: Callable[[str], bool],
+        options: LifecycleOptions,
+        feed: Callable[[], None],
+    ) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._segments = segments
+        self._engine = engine
+        self._accepts_model = accepts_model
+        self._options = options
+        self._feed = feed
+        self._reading = asyncio.Semaphore(_AT_ONCE)
+        self._writing = asyncio.Semaphore(_AT_ONCE)
+
+    # Validate
+
+    async def validate(self, batch_id: str, stop: asyncio.Event) -> None:
+        """Read a batch's input file. The engine's handler for `validate` jobs."""
+        del stop  # a cancelled batch is noticed when its status is to be moved
+        async with self._reading:
+            await self._until_stored(lambda: self._validate(BatchId(batch_id)))
+
+    async def _validate(self, batch_id: BatchId) -> None:
+        batch = await self._store.get_batch(batch_id)
+        if batch.status is not BatchStatus.VALIDATING:
+            return
+        try:
+            checked = await self._check(batch)
+        except NotFound:
+            checked = _unreadable(batch)
+        now = int(time.time())
+        try:
+            if checked.faults:
+                change = BatchChange(faults=checked.faults)
+                await self._store.move_batch(
+                    batch_id, BatchStatus.FAILED, now=now, change=change
+                )
+                _log.info(
+                    "An input file has faults.", batch_id=batch_id, faults=len(change.faults)
+                )
+                await self._tidy(batch)
+                return
+            change = BatchChange(
+                model=checked.models[0] if len(checked.models) == 1 else None,
+                counts=Counts(total=checked.total),
+                slices=[
+                    Slice(
+                        batch_id=batch_id,
+                        index=index,
+                        start=plan.start,
+                        end=plan.end,
+                        first_line=plan.first_line,
+                        requests=plan.requests,
+                        models=plan.models,
+                    )
+                    for index, plan in enumerate(checked.slices)
+                ],
+            )
+            await self._store.move_batch(
+                batch_id, BatchStatus.IN_PROGRESS, now=now, change=change
+            )
+        except Conflict:
+            return  # it was cancelled meanwhile
+        _log.info("A batch begins.", batch_id=batch_id, requests=checked.total)
+        self._feed()
+        await self._settle(batch_id)
+
+    async def _check(self, batch: Batch) -> CheckedInput:
+        options = self._options
+        checker = InputChecker(
+            InputRules(
+                endpoint=find_endpoint(batch.endpoint),
+                max_requests=options.max_requests,
+                max_line_bytes=options.max_line_bytes,
+                max_faults=options.max_faults,
+                slice_requests=options.slice_requests,
+                slice_bytes=options.slice_bytes,
+                accepts_model=self._accepts_model,
+            )
+        )
+        while True:
+            async for piece in self._blobs.stream(batch.input_blob_key):
+                checker.feed(piece)
+            if (checked := checker.finish()) is not None:
+                return checked
+
+    # Settle
+
+    async def settle(self, batch_id: str, stop: asyncio.Event) -> None:
+        """Do the next thing for a batch. The handler for `finalize` and `expire` jobs."""
+        del stop
+        await self._until_stored(lambda: self._settle(BatchId(batch_id)))
+
+    async def _settle(self, batch_id: BatchId) -> None:
+        batch = await self._store.get_batch(batch_id)
+        if batch.status in FINAL:
+            return
+        tally = await self._store.tally_slices(batch_id)
+        step = next_step(batch, tally, now=time.time())
+        if step is Step.STOP:
+            await self._engine.cancel(
+                [
+                    Job(kind=JobKind.SLICE, id=piece.id)
+                    async for piece in self._iter_slices(batch_id)
+                    if piece.status is not SliceStatus.ENDED
+                ]
+            )
+        elif step is Step.WRITE:
+            try:
+                if batch.status is BatchStatus.IN_PROGRESS:
+                    batch = await self._store.move_batch(
+                        batch_id, BatchStatus.FINALIZING, now=int(time.time())
+                    )
+                async with self._writing:
+                    await self._finalize(batch)
+            except Conflict:
+                # A cancel came in between; its own job looks again.
+                return
+
+    async def _until_stored(self, attempt: Callable[[], Awaitable[None]]) -> None:
+        """Try again every second while disk or database take nothing."""
+        while True:
+            try:
+                await attempt()
+                return
+            except NotFound:
+                return  # deleted meanwhile
+            except (StorageUnavailable, OSError) as error:
+                _log.error("A batch cannot go on for now; trying again.", error=str(error))
+                await asyncio.sleep(_AGAIN_S)
+
+    # Finalize
+
+    async def _finalize(self, batch: Batch) -> None:
+        found = [await self._find(piece) async for piece in self._iter_slices(batch.id)]
+        completed = sum(each.completed for each in found)
+        failed = sum(each.failed for each in found)
+        missing = sum(each.missing for each in found)
+        written: list[File] = []
+        try:
+            output = error = None
+            if completed:
+                output = await self._write(batch, found, Kind.OUTPUT)
+                written.append(output)
+            if failed or missing:
+                error = await self._write(batch, found, Kind.ERROR)
+                written.append(error)
+            total = completed + failed + missing
+            change = BatchChange(
+                counts=Counts(total=total, completed=completed, failed=failed),
+                usage=sum((each.usage for each in found), Usage()),
+                output=output,
+                error=error,
+            )
+            status = ending(batch, is_whole=not missing)
+            ended = await self._store.move_batch(
+                batch.id, status, now=int(time.time()), change=change
+            )
+        except _Gap as gap:
+            _log.error(
+                "Kept replies are damaged; their lines are sent again.", slices=gap.slices
+            )
+            await self._drop(written)
+            await self._store.reopen_slices(gap.slices)
+            self._feed()
+            return
+        except (Conflict, StorageUnavailable):
+            await self._drop(written)
+            raise
+        _log.info(
+            "A batch has ended.",
+            batch_id=batch.id,
+            status=status.value,
+            completed=completed,
+            failed=failed,
+            never_run=missing,
+        )
+        await self._tidy(ended)
+
+    async def _find(self, piece: Slice) -> _Found:
+        """How many replies a slice has: as the store says if it has ended, else as is kept."""
+        if piece.status is SliceStatus.ENDED:
+            return _Found(piece, piece.completed, piece.failed, piece.usage)
+
+        def look() -> _Found:
+            with self._segments.read(piece.batch_id, piece.index) as replies:
+                tally = replies.tally()
+                return _Found(piece, tally.completed, tally.failed, tally.total_usage())
+
+        return await asyncio.to_thread(look)
+
+    async def _write(self, batch: Batch, found: list[_Found], kind: Kind) -> File:
+        digest = hashlib.sha256()
+        name = "output" if kind is Kind.OUTPUT else "error"
+        file_id = FileId(f"file-{secrets.token_hex(16)}")
+        key = f"files/{file_id}"
+
+        async def pieces() -> AsyncIterator[bytes]:
+            async for piece in self._pieces(batch, found, kind):
+                digest.update(piece)
+                yield piece
+
+        size = await self._blobs.put(key, pieces())
+        now = int(time.time())
+        return File(
+            id=file_id,
+            project_id=batch.project_id,
+            purpose=Purpose.BATCH_OUTPUT,
+            filename=f"{batch.id}_{name}.jsonl",
+            bytes=size,
+            sha256=digest.hexdigest(),
+            blob_key=key,
+            created_at=now,
+            expires_at=now + self._options.file_retention_s,
+        )
+
+    async def _pieces(
+        self, batch: Batch, found: list[_Found], kind: Kind
+    ) -> AsyncIterator[bytes]:
+        """The lines of one result file, in input order. Raises `_Gap` at its end."""
+        gaps: list[SliceId] = []
+        for each in found:
+            if kind is Kind.OUTPUT and not each.completed:
+                continue
+            if kind is Kind.ERROR and not (each.failed or each.missing):
+                continue
+            opened = await asyncio.to_thread(self._open, each)
+            if opened is None:
+                gaps.append(each.piece.id)
+                continue
+            with opened as replies:
+                if gaps:
+                    continue
+                never_run: dict[int, bytes] = {}
+                if kind is Kind.ERROR and each.missing:
+                    never_run = await self._never_run(batch, each.piece, replies.lines)
+                walk = replies.iter_pieces(kind, others=never_run)
+                while piece := await asyncio.to_thread(next, walk, b""):
+                    yield piece
+        if gaps:
+            raise _Gap(gaps)
+
+    def _open(self, found: _Found) -> SliceReplies | None:
+        """Open the replies of a slice; None if they are not those that were counted."""
+        piece = found.piece
+        attempt = piece.attempt if piece.status is SliceStatus.ENDED else None
+        replies = self._segments.read(piece.batch_id, piece.index, attempt=attempt)
+        tally = replies.tally()
+        if (tally.completed, tally.failed) == (found.completed, found.failed):
+            return replies
+        replies.close()
+        return None
+
+    async def _never_run(
+        self, batch: Batch, piece: Slice, have: Collection[int]
+    ) -> dict[int, bytes]:
+        """Error lines for the requests of a slice that have no reply, by line."""
+        is_cancelled = batch.status is BatchStatus.CANCELLING
+        code, message = BATCH_CANCELLED if is_cancelled else BATCH_EXPIRED
+        data = await self._blobs.get_range(batch.input_blob_key, piece.start, piece.end)
+        return {
+            request.line: error_line(request.custom_id, code, message)
+            for request in iter_requests(data, first_line=piece.first_line)
+            if request.line not in have
+        }
+
+    async def _drop(self, files: list[File]) -> None:
+        await self._blobs.delete([file.blob_key for file in files])
+
+    async def _tidy(self, batch: Batch) -> None:
+        """Delete what a final batch needs no more."""
+        await asyncio.to_thread(self._segments.delete, batch.id)
+        await self._store.forget_slices(batch.id)
+        await self._blobs.delete(list(await self._store.unused_blobs([batch.input_blob_key])))
+
+    async def _iter_slices(self, batch_id: BatchId) -> AsyncIterator[Slice]:
+        after = -1
+        while page := await self._store.get_slices(batch_id, after=after):
+            for piece in page:
+                yield piece
+            after = page[-1].index
+
+
+def _unreadable(batch: Batch) -> CheckedInput:
+    fault = Fault(
+        code="invalid_request",
+        message=f"Cannot find file {batch.input_file_id}, or its bytes are gone.",
+        param="file_id",
+    )
+    return CheckedInput(total=0, faults=[fault], slices=[], models=[], endpoint=None)

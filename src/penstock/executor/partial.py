@@ -1,0 +1,32 @@
+"""The results that a batch has so far, read from its segments while it runs."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from penstock.blobs.segments import Kind, LocalSegments
+from penstock.model import Batch
+from penstock.store.base import Store
+
+
+class PartialResults:
+    """Reads what workers have written."""
+
+    def __init__(self, *, store: Store, segments: LocalSegments) -> None:
+        self._store = store
+        self._segments = segments
+
+    async def stream(self, batch: Batch) -> AsyncIterator[bytes]:
+        """The result lines of a batch that is not final, good and bad, in input order.
+
+        Pieces of whole lines, in bounded memory. Each line is one that will stand in the
+        output or error file in the same words.
+        """
+        after = -1
+        while page := await self._store.get_slices(batch.id, after=after):
+            for piece in page:
+                replies = await asyncio.to_thread(self._segments.read, batch.id, piece.index)
+                with replies:
+                    walk = replies.iter_pieces(Kind.OUTPUT, Kind.ERROR)
+                    while lines := await asyncio.to_thread(next, walk, b""):
+                        yield lines
+            after = page[-1].index

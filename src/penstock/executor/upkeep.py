@@ -1,0 +1,79 @@
+"""Upkeep: what a dead process left behind, and files whose time is over."""
+
+import asyncio
+import time
+
+import structlog
+
+from penstock.blobs.base import Blobs
+from penstock.blobs.objects import ObjectBlobs
+from penstock.blobs.segments import LocalSegments
+from penstock.engine.base import Engine
+from penstock.errors import NotFound, StorageUnavailable
+from penstock.model import BatchStatus, Job, JobKind
+from penstock.store.base import Store
+
+_log = structlog.get_logger()
+
+_EVERY_S = 60.0
+_AT_ONCE = 100
+
+
+async def recover(
+    *, store: Store, blobs: ObjectBlobs, segments: LocalSegments, engine: Engine
+) -> None:
+    """Take up the work of a data directory where the last process left it.
+
+    Only for a process that has the directory to itself, before anything is written.
+    """
+    running = await store.recover_slices()
+    unfinished = await store.list_unfinished()
+    jobs: list[Job] = []
+    for batch in unfinished:
+        if batch.status is BatchStatus.VALIDATING:
+            jobs.append(Job(kind=JobKind.VALIDATE, id=batch.id))
+        jobs.append(Job(kind=JobKind.FINALIZE, id=batch.id))
+        jobs.append(Job(kind=JobKind.EXPIRE, id=batch.id, due_at=batch.expires_at))
+    await engine.enqueue(jobs)
+    await _sweep(store=store, blobs=blobs, segments=segments)
+    if unfinished:
+        _log.info("Going on where it stopped.", batches=len(unfinished), slices=running)
+
+
+async def _sweep(*, store: Store, blobs: ObjectBlobs, segments: LocalSegments) -> None:
+    """Delete bytes that nothing names: uploads and result files that were cut off."""
+    for path in await asyncio.to_thread(blobs.leftovers):
+        await asyncio.to_thread(path.unlink, missing_ok=True)
+    keys: list[str] = []
+    async for key in blobs.iter_keys("files"):
+        keys.append(key)
+        if len(keys) >= _AT_ONCE:
+            await _delete_unused(store, blobs, keys)
+            keys = []
+    await _delete_unused(store, blobs, keys)
+    unfinished = {batch.id for batch in await store.list_unfinished()}
+    for batch_id in await asyncio.to_thread(segments.batches):
+        if batch_id not in unfinished:
+            await asyncio.to_thread(segments.delete, batch_id)
+
+
+async def _delete_unused(store: Store, blobs: Blobs, keys: list[str]) -> None:
+    if keys:
+        await blobs.delete(list(await store.unused_blobs(keys)))
+
+
+async def keep_up(*, store: Store, blobs: Blobs) -> None:
+    """Delete files whose time is over, every minute, until cancelled."""
+    while True:
+        try:
+            for file in await store.list_expired_files(now=int(time.time()), limit=_AT_ONCE):
+                try:
+                    gone = await store.delete_file(file.project_id, file.id)
+                except NotFound:
+                    continue
+                if gone is not None:
+                    await blobs.delete([gone.blob_key])
+                _log.info("A file's time is over.", file_id=file.id)
+        except StorageUnavailable as error:
+            _log.warning("Upkeep cannot go on for now.", error=str(error))
+        await asyncio.sleep(_EVERY_S)

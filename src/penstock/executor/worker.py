@@ -1,0 +1,411 @@
+"""The worker: claims slices, sends their lines, keeps the replies.
+
+It holds many slices at once. A slice is claimed when a lane is short of lines, read from the
+input file, spread over the lanes, and ended when each of its lines has a durable reply.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+
+from penstock.blobs.base import Blobs
+from penstock.blobs.segments import LocalSegments, SegmentWriter
+from penstock.errors import NotFound, StorageUnavailable
+from penstock.executor.group import GroupCommit
+from penstock.executor.keeper import AGAIN_S, Keeper, explain
+from penstock.executor.lanes import Lane
+from penstock.executor.replies import reply_line
+from penstock.executor.retry import RetryPolicy
+from penstock.jsonl import RequestLine, iter_requests
+from penstock.model import Slice, SliceId
+from penstock.store.base import ClaimedSlice, SliceReport, Store
+from penstock.telemetry import Health
+from penstock.upstream.base import Failure, Reply
+from penstock.upstream.routes import Route, Routes
+
+_log = structlog.get_logger()
+_R = TypeVar("_R")
+
+_PROGRESS_S = 0.25
+"""How often the counts of running slices go to the store."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions:
+    """How a worker works; the settings of `[worker]`."""
+
+    worker_id: str
+    lease_s: float
+    flush_interval_s: float
+    flush_bytes: int
+    cancel_grace_s: float
+    """How long lines in flight may go on after a cancel."""
+    shutdown_grace_s: float
+    """How long lines in flight may go on after a stop."""
+    held_bytes: int = 64 << 20
+    """How many bytes of unsent bodies are held at most, plus one slice."""
+    lines_ahead: int = 512
+    """How many lines a lane keeps ready beyond those in flight."""
+
+
+class HeldSlice:
+    """A slice while this worker holds it: the owner of its lines in the lanes."""
+
+    def __init__(self, claimed: ClaimedSlice, keeper: Keeper) -> None:
+        self.slice = claimed.slice
+        self.endpoint = claimed.endpoint
+        self.expires_at = float(claimed.expires_at)
+        self.writer = SegmentWriter(Path())  # until its own is opened
+        self.is_stopping = False
+        self.is_aborted = False
+        self.flights: dict[int, asyncio.Task[None]] = {}
+        self.timers: dict[int, tuple[asyncio.TimerHandle, RequestLine]] = {}
+        self.remaining = 0
+        self.done = asyncio.Event()
+        """Set when no line is on its way or waits."""
+        self.durable = asyncio.Event()
+        self.reported: tuple[int, int] = (0, 0)
+        """The counts that the store knows."""
+        self.is_ending = False
+        """The last report is on its way."""
+        self._keeper = keeper
+
+    def keep(self, line: RequestLine, reply: Reply) -> None:
+        """Append the reply of a line."""
+        kind, payload = reply_line(line.custom_id, reply)
+        tokens = (
+            reply.input_tokens,
+            reply.cached_tokens,
+            reply.output_tokens,
+            reply.reasoning_tokens,
+            reply.total_tokens,
+        )
+        self.writer.append(line.line, kind, payload, tokens)
+        self.remaining -= 1
+        self.durable.clear()
+        self._keeper.note(self, is_last=not self.remaining)
+        if not self.remaining:
+            self.done.set()
+
+    def drop(self, line: RequestLine) -> None:
+        """Leave a line without a reply; another attempt at the slice finds it missing."""
+        del line
+        self.remaining -= 1
+        if not self.remaining:
+            self.done.set()
+
+    def stop(self) -> None:
+        """Send nothing more. What is in flight may end."""
+        self.is_stopping = True
+        timers, self.timers = self.timers, {}
+        for timer, line in timers.values():
+            timer.cancel()
+            self.drop(line)
+
+    def abort(self) -> None:
+        """Send nothing more and drop what is in flight."""
+        self.stop()
+        self.is_aborted = True
+        for task in list(self.flights.values()):
+            task.cancel()
+
+    def report(self, *, ends: bool | None) -> SliceReport:
+        """How far it has durably come."""
+        tally = self.writer.durable
+        return SliceReport(
+            id=self.slice.id,
+            attempt=self.slice.attempt,
+            completed=tally.completed,
+            failed=tally.failed,
+            usage=tally.total_usage(),
+            ends=ends,
+        )
+
+
+class Worker:
+    """Runs slices.
+
+    Args:
+        wants_more: Called when a lane is short of lines.
+        took: Called with the ID of a slice once its lines are in the lanes, or when it turns
+            out that they never will be.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        blobs: Blobs,
+        segments: LocalSegments,
+        routes: Routes,
+        policies: dict[str, RetryPolicy],
+        health: Health,
+        options: WorkerOptions,
+        wants_more: Callable[[], None],
+        took: Callable[[str], None],
+    ) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._segments = segments
+        self._routes = routes
+        self._policies = policies
+        self._health = health
+        self._options = options
+        self._wants_more = wants_more
+        self._took = took
+        self._gate = asyncio.Event()
+        self._gate.set()
+        self._stopping = asyncio.Event()
+        self._closed = asyncio.Event()
+        self._lanes: dict[str, Lane] = {}
+        self._held: dict[SliceId, HeldSlice] = {}
+        self._keeper = Keeper(
+            gate=self._gate,
+            health=health,
+            flush_interval_s=options.flush_interval_s,
+            flush_bytes=options.flush_bytes,
+        )
+        self._claims = GroupCommit(self._claim, health=health)
+        self._reports = GroupCommit(self._report, health=health)
+        self._tasks: asyncio.TaskGroup | None = None
+
+    # What the feeder asks
+
+    def has_room(self, models: tuple[str, ...]) -> bool:
+        """Whether a slice whose lines name these models would find a lane short of lines."""
+        if self._tasks is None or not self._gate.is_set() or self._stopping.is_set():
+            return False
+        lanes = list(self._lanes_of(models))
+        held_bytes = sum(lane.queued_bytes for lane in self._lanes.values())
+        return held_bytes < self._options.held_bytes and (
+            not lanes or any(lane.has_room for lane in lanes)
+        )
+
+    def expect(self, piece: Slice, *, sign: int = 1) -> None:
+        """Count a slice that was handed to the engine (or, with -1, is held or came back)."""
+        lanes = list(self._lanes_of(piece.models))
+        for lane in lanes:
+            lane.expected += sign * (piece.requests // len(lanes))
+
+    # The life of the worker
+
+    async def run(self) -> None:
+        """Work until `close` is called."""
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            for route in self._routes:
+                self._lanes[route.upstream.name] = self._make_lane(route)
+            loops = [
+                tasks.create_task(loop)
+                for loop in (
+                    self._keeper.run(),
+                    self._claims.run(),
+                    self._reports.run(),
+                    self._extend_leases(),
+                )
+            ]
+            await self._closed.wait()
+            for loop in loops:
+                loop.cancel()
+
+    def stop(self) -> None:
+        """Claim nothing more, let lines in flight end within the grace time, let go."""
+        self._stopping.set()
+
+    def close(self) -> None:
+        """End `run`, once every slice was let go."""
+        self._closed.set()
+
+    async def run_slice(self, name: str, stop: asyncio.Event) -> None:
+        """Run one slice. The engine's handler for `slice` jobs.
+
+        Args:
+            name: The slice's ID.
+            stop: Set when its batch was cancelled.
+        """
+        try:
+            held = await self._take(SliceId(name))
+        finally:
+            self._took(name)
+        if held is None:
+            return
+        try:
+            await self._until_done(held, stop)
+            while held.writer.is_dirty:
+                await held.durable.wait()
+            held.is_ending = True
+            ends = len(held.writer.lines) == held.slice.requests
+            await self._reports.submit(held.report(ends=ends))
+        finally:
+            self._let_go(held)
+
+    async def _take(self, name: SliceId) -> HeldSlice | None:
+        """Claim a slice and queue its lines; None if it is not to be had."""
+        if self._stopping.is_set():
+            return None
+        claimed = await self._claims.submit(name)
+        if claimed is None:
+            return None
+        held = HeldSlice(claimed, self._keeper)
+        self._held[name] = held
+        try:
+            await self._fill(held, claimed.input_blob_key)
+        except BaseException:
+            self._let_go(held)
+            raise
+        return held
+
+    def _let_go(self, held: HeldSlice) -> None:
+        del self._held[held.slice.id]
+        held.writer.close()
+
+    async def _fill(self, held: HeldSlice, blob_key: str) -> None:
+        """Open the slice's segment, read its lines and queue those without a reply."""
+        piece = held.slice
+        open_segment = self._segments.open
+        held.writer = await self._persist(
+            lambda: asyncio.to_thread(open_segment, piece.batch_id, piece.index, piece.attempt)
+        )
+        data = await self._persist(
+            lambda: self._blobs.get_range(blob_key, piece.start, piece.end)
+        )
+        missing = [
+            line
+            for line in iter_requests(data, first_line=piece.first_line)
+            if line.line not in held.writer.lines
+        ]
+        held.remaining = len(missing)
+        if not missing:
+            held.done.set()
+        elif time.time() < held.expires_at and not self._stopping.is_set():
+            self._queue(held, missing)
+        else:
+            for line in missing:
+                held.drop(line)
+
+    def _queue(self, held: HeldSlice, lines: list[RequestLine]) -> None:
+        by_lane: dict[str, list[RequestLine]] = {}
+        for line in lines:
+            route = self._routes.find(line.model)
+            if route is None:
+                # It was there when the file was checked: the settings have changed since.
+                held.keep(line, _no_upstream(line.model))
+            else:
+                by_lane.setdefault(route.upstream.name, []).append(line)
+        for name, mine in by_lane.items():
+            self._lanes[name].put(held, mine)
+
+    async def _until_done(self, held: HeldSlice, stop: asyncio.Event) -> None:
+        """Wait until no line is on its way, or stop them when there is a reason to."""
+        waits = [
+            asyncio.ensure_future(event.wait()) for event in (held.done, stop, self._stopping)
+        ]
+        try:
+            time_left_s = max(held.expires_at - time.time(), 0.0)
+            await asyncio.wait(waits, timeout=time_left_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if held.done.is_set():
+            return
+        held.stop()
+        time_left_s = max(held.expires_at - time.time(), 0.0)
+        grace_s = (
+            self._options.shutdown_grace_s
+            if self._stopping.is_set()
+            else self._options.cancel_grace_s
+        )
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(grace_s, time_left_s)):
+                await held.done.wait()
+        held.abort()
+        await held.done.wait()
+
+    async def _persist(self, attempt: Callable[[], Awaitable[_R]]) -> _R:
+        """Try what needs the disk until it works."""
+        has_failed = False
+        while True:
+            try:
+                result = await attempt()
+            except OSError as error:
+                self._keeper.close_gate(explain(error))
+            except (StorageUnavailable, NotFound) as error:
+                self._keeper.close_gate(str(error))
+            else:
+                if has_failed:
+                    self._keeper.open_gate()
+                return result
+            has_failed = True
+            await asyncio.sleep(AGAIN_S)
+
+    # The store
+
+    async def _claim(self, ids: list[SliceId]) -> list[ClaimedSlice | None]:
+        claimed = await self._store.claim_slices(
+            ids,
+            worker_id=self._options.worker_id,
+            lease_s=self._options.lease_s,
+            now=time.time(),
+        )
+        by_id = {each.slice.id: each for each in claimed}
+        return [by_id.get(name) for name in ids]
+
+    async def _report(self, reports: list[SliceReport]) -> list[bool]:
+        # Of a slice that reports twice in one group, only the later report counts.
+        latest = {report.id: report for report in reports}
+        lost = await self._store.report_slices(
+            list(latest.values()), lease_s=self._options.lease_s, now=time.time()
+        )
+        for name in lost:
+            _log.warning("A slice was claimed by another worker meanwhile.", slice_id=name)
+            if held := self._held.get(name):
+                held.abort()
+        return [report.id not in lost for report in reports]
+
+    async def _extend_leases(self) -> None:
+        """Tell the store of progress, and extend all leases in good time."""
+        extended_at = time.monotonic()
+        while True:
+            await asyncio.sleep(_PROGRESS_S)
+            is_due = time.monotonic() - extended_at > self._options.lease_s / 3
+            reports: list[SliceReport] = []
+            for held in self._held.values():
+                tally = held.writer.durable
+                counts = (tally.completed, tally.failed)
+                if not held.is_ending and (is_due or counts != held.reported):
+                    held.reported = counts
+                    reports.append(held.report(ends=None))
+            if is_due:
+                extended_at = time.monotonic()
+            await asyncio.gather(*(self._reports.submit(report) for report in reports))
+
+    # Lanes
+
+    def _make_lane(self, route: Route) -> Lane:
+        assert self._tasks is not None  # noqa: S101
+        upstream = route.upstream
+        return Lane(
+            upstream,
+            self._policies[upstream.name],
+            gate=self._gate,
+            spawn=self._tasks.create_task,
+            wants_more=self._wants_more,
+            low_water=self._options.lines_ahead,
+        )
+
+    def _lanes_of(self, models: tuple[str, ...]):
+        names = {route.upstream.name for m in models if (route := self._routes.find(m))}
+        return (self._lanes[name] for name in names if name in self._lanes)
+
+
+def _no_upstream(model: str) -> Reply:
+    return Reply(
+        failure=Failure.UNREACHABLE,
+        message=f"No upstream in the settings serves the model {model!r} any more.",
+    )

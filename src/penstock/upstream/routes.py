@@ -1,0 +1,87 @@
+"""Which upstream takes a line, and which models there are to choose from."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from penstock.errors import UpstreamDown
+from penstock.upstream.base import LineUpstream
+
+_ASK_S = 5.0
+_FRESH_S = 15.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """An upstream and the models whose lines it takes."""
+
+    upstream: LineUpstream
+    models: tuple[str, ...]
+    """Glob patterns; case counts."""
+
+    def takes(self, model: str) -> bool:
+        return any(fnmatchcase(model, pattern) for pattern in self.models)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """A model that a client may name."""
+
+    id: str
+    owned_by: str
+    """The upstream that takes its lines, as the settings call it."""
+
+
+class Routes:
+    """The upstreams in the order of the settings: the first that matches takes the line."""
+
+    def __init__(self, routes: Sequence[Route]) -> None:
+        self._routes = tuple(routes)
+        self._found: dict[str, Route | None] = {}
+        self._listed: list[ServedModel] = []
+        self._listed_until = 0.0
+
+    def find(self, model: str) -> Route | None:
+        """The route that takes lines of `model`, or None."""
+        if model not in self._found:
+            if len(self._found) > 10_000:
+                self._found.clear()  # clients choose these names
+            self._found[model] = next((r for r in self._routes if r.takes(model)), None)
+        return self._found[model]
+
+    async def list_models(self) -> list[ServedModel]:
+        """The models that can be named: what each upstream says it serves, as far as lines of
+        it would go there, and the names that the settings spell out.
+
+        An upstream that does not answer within 5 s adds only the latter. The answer is kept
+        for 15 s.
+        """
+        if time.monotonic() >= self._listed_until:
+            answers = await asyncio.gather(*(_ask(route) for route in self._routes))
+            named = [[m for m in r.models if not set(m) & set("*?[")] for r in self._routes]
+            listed: dict[str, ServedModel] = {}
+            for route, answer, names in zip(self._routes, answers, named, strict=True):
+                for model in sorted({*answer, *names}):
+                    if self.find(model) is route:
+                        listed[model] = ServedModel(id=model, owned_by=route.upstream.name)
+            self._listed = list(listed.values())
+            self._listed_until = time.monotonic() + _FRESH_S
+        return self._listed
+
+    async def close(self) -> None:
+        """Close all upstreams."""
+        for route in self._routes:
+            await route.upstream.close()
+
+    def __iter__(self):
+        return iter(self._routes)
+
+
+async def _ask(route: Route) -> list[str]:
+    try:
+        async with asyncio.timeout(_ASK_S):
+            return await route.upstream.list_models()
+    except (UpstreamDown, TimeoutError):
+        return []
