@@ -125,6 +125,7 @@ async def open_app(settings: Settings) -> AsyncGenerator[App]:
         try:
             project_id = await _ensure_projects(settings, store)
             first_key = await _ensure_key(settings, store, project_id)
+            await asyncio.to_thread(blobs.delete_leftovers)
             await recover(store=store, blobs=blobs, segments=segments, engine=engine)
             async with asyncio.TaskGroup() as tasks:
                 working = tasks.create_task(worker.run())

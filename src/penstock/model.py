@@ -64,9 +64,7 @@ class SliceStatus(StrEnum):
     """Where a slice stands."""
 
     PENDING = "pending"  # no worker holds it; segments of earlier attempts may exist
-    RUNNING = (
-        "running"  # a worker holds it, until its lease ends; then it is due again
-    )
+    RUNNING = "running"  # a worker holds it, until its lease ends; then it is due again
     ENDED = "ended"  # each of its lines has a reply in the segment of its last attempt
 
 

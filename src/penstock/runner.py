@@ -17,8 +17,8 @@ from pathlib import Path
 
 from penstock.app import App, open_app, raise_file_limit
 from penstock.errors import InvalidRequest
-from penstock.jsonl import CheckedInput, InputRules, check_file
-from penstock.model import FINAL, Batch, BatchStatus, Endpoint, Purpose
+from penstock.jsonl import CheckedInput
+from penstock.model import FINAL, Batch, BatchStatus, Purpose
 from penstock.settings import Settings
 from penstock.store.base import BatchFilter
 
@@ -39,29 +39,6 @@ class Paths:
     def state(self) -> Path:
         """The data directory of the run."""
         return self.output.with_name(f"{self.output.name}.penstock")
-
-
-def check_input(path: Path, settings: Settings, endpoint: Endpoint | None) -> CheckedInput:
-    """Check a file as `run` and `validate` do, in bounded memory.
-
-    Args:
-        endpoint: Which endpoint every line must name; None takes that of the first line.
-
-    Raises:
-        InvalidRequest: The file cannot be read.
-    """
-    rules = InputRules(
-        endpoint=endpoint,
-        max_requests=settings.limits.requests_per_batch,
-        max_line_bytes=settings.limits.line_bytes,
-        max_faults=settings.limits.reported_faults,
-        slice_requests=settings.worker.slice_requests,
-        slice_bytes=settings.worker.slice_bytes,
-    )
-    try:
-        return check_file(path, rules)
-    except OSError as error:
-        raise InvalidRequest(f"{path} cannot be read: {error.strerror}.") from error
 
 
 async def run_file(
@@ -139,7 +116,7 @@ async def _find_or_create(
 async def _export(app: App, file_id: str | None, path: Path) -> None:
     """Write a result file under its own name, whole or not at all. No file: no lines."""
     if file_id is None:
-        path.unlink(missing_ok=True)
+        await asyncio.to_thread(path.unlink, missing_ok=True)
         return
     file = await app.service.get_file(app.project_id, file_id)
     partial = path.with_name(f"{path.name}.part")

@@ -2,7 +2,7 @@
 
 A blob is written under a temporary name and renamed when it is whole; obstore removes the
 temporary file when the writing fails or is cancelled. What a killed process leaves behind is
-found by `leftovers`.
+deleted by `delete_leftovers`.
 """
 
 import asyncio
@@ -111,12 +111,13 @@ class ObjectBlobs:
             for entry in page:
                 yield entry["path"]
 
-    def leftovers(self) -> list[Path]:
-        """Temporary files of writes that a dead process did not end.
+    def delete_leftovers(self) -> None:
+        """Delete the temporary files of writes that a dead process did not end.
 
-        Only for a folder that this process has to itself and before its first `put`.
+        Only for a folder that this process has to itself, and before its first `put`.
         """
-        return [path for path in self._root.rglob("*#*") if path.is_file()]
+        for path in self._root.rglob("*#*"):
+            path.unlink(missing_ok=True)
 
     def _sync(self, key: str) -> None:
         """Make a renamed file survive a loss of power."""

@@ -45,15 +45,13 @@ def reply_line(custom_id: str, reply: Reply) -> tuple[Kind, bytes]:
     body = reply.body if kind is Kind.OUTPUT else _error_body(reply)
     if b"\n" in body or b"\r" in body:
         body = body.replace(b"\r", b" ").replace(b"\n", b" ")
-    request_id = _encode(reply.request_id) if reply.request_id else b'"%b"' % _request_id()
-    line = b'{"id":"batch_req_%b","custom_id":%b,"response":{"status_code":%d,"request_id":%b,'
-    start = line % (
+    request_id = _encode(reply.request_id or f"req_{os.urandom(16).hex()}")
+    start = b'{"id":"batch_req_%b","custom_id":%b,"response":{"status_code":%d,' % (
         os.urandom(16).hex().encode(),
         _encode(custom_id),
         reply.status_code,
-        request_id,
     )
-    return kind, b'%b"body":%b},"error":null}\n' % (start, body)
+    return kind, b'%b"request_id":%b,"body":%b},"error":null}\n' % (start, request_id, body)
 
 
 def error_line(custom_id: str, code: str, message: str) -> bytes:
@@ -71,12 +69,8 @@ def error_line(custom_id: str, code: str, message: str) -> bytes:
     )
 
 
-def _request_id() -> bytes:
-    return b"req_" + os.urandom(16).hex().encode()
-
-
 def _error_body(reply: Reply) -> bytes:
-    """The body of an answer that is not 2xx: as it came if it is a JSON object, else wrapped."""
+    """The body of an answer that is not 2xx: as it came if a JSON object, else wrapped."""
     try:
         reply.body.decode()
         if isinstance(msgspec.json.decode(reply.body), dict):

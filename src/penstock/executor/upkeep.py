@@ -6,7 +6,6 @@ import time
 import structlog
 
 from penstock.blobs.base import Blobs
-from penstock.blobs.objects import ObjectBlobs
 from penstock.blobs.segments import LocalSegments
 from penstock.engine.base import Engine
 from penstock.errors import NotFound, StorageUnavailable
@@ -20,7 +19,7 @@ _AT_ONCE = 100
 
 
 async def recover(
-    *, store: Store, blobs: ObjectBlobs, segments: LocalSegments, engine: Engine
+    *, store: Store, blobs: Blobs, segments: LocalSegments, engine: Engine
 ) -> None:
     """Take up the work of a data directory where the last process left it.
 
@@ -40,10 +39,8 @@ async def recover(
         _log.info("Going on where it stopped.", batches=len(unfinished), slices=running)
 
 
-async def _sweep(*, store: Store, blobs: ObjectBlobs, segments: LocalSegments) -> None:
-    """Delete bytes that nothing names: uploads and result files that were cut off."""
-    for path in await asyncio.to_thread(blobs.leftovers):
-        await asyncio.to_thread(path.unlink, missing_ok=True)
+async def _sweep(*, store: Store, blobs: Blobs, segments: LocalSegments) -> None:
+    """Delete bytes that nothing names: of files whose publishing was cut off."""
     keys: list[str] = []
     async for key in blobs.iter_keys("files"):
         keys.append(key)

@@ -1,0 +1,172 @@
+"""Tries what the settings name, and says what is wrong and what to do about it.
+
+Nothing is made that is not there: a directory or database that the first start would make is
+reported as such.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from penstock.errors import PenstockError, UpstreamDown
+from penstock.settings import Settings, Upstream
+from penstock.store.sql import SqlStore
+from penstock.upstream.openai_http import OpenAIHttpUpstream
+
+_SHOWN_MODELS = 5
+
+
+class Verdict(StrEnum):
+    """How one check came out."""
+
+    OK = "ok"
+    NOTE = "note"  # works, but the reader should know
+    PROBLEM = "problem"  # something will not work until it is set right
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found."""
+
+    what: str
+    verdict: Verdict
+    message: str
+    """A sentence; of a problem it also says what to do."""
+
+
+async def check_all(settings: Settings) -> list[Finding]:
+    """Try the data directory, the database and every upstream, in this order."""
+    findings = list(check_data_dir(settings))
+    findings.append(await check_database(settings.data_dir))
+    if not settings.upstreams:
+        message = "None is set; add an [[upstreams]] table, or start with `--upstream URL`."
+        findings.append(Finding("upstreams", Verdict.NOTE, message))
+    findings += await asyncio.gather(*map(check_upstream, settings.upstreams))
+    return findings
+
+
+def check_data_dir(settings: Settings) -> Iterator[Finding]:
+    """Whether files can be made in the data directory, and whether there is room for them."""
+    what, path = "data directory", settings.data_dir
+    there = path.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        yield Finding(
+            what,
+            Verdict.PROBLEM,
+            f"{there} cannot be written ({error.strerror}); make it writable for this user, or "
+            "set data_dir to another directory.",
+        )
+        return
+    free = shutil.disk_usage(there).free
+    room = f"{free / 2**30:,.1f} GiB free"
+    if free < settings.limits.input_file_bytes:
+        yield Finding(
+            what,
+            Verdict.PROBLEM,
+            f"{path} has only {room}, less than one input file of limits.input_file_bytes "
+            "may have; make room, or set data_dir to another disk.",
+        )
+    elif there != path.absolute():
+        message = f"{path} is not there yet; the first start makes it ({room})."
+        yield Finding(what, Verdict.OK, message)
+    else:
+        yield Finding(what, Verdict.OK, f"{path} is writable ({room}).")
+    if _is_in_use(path):
+        yield Finding(what, Verdict.NOTE, f"A Penstock process works in {path} now.")
+
+
+async def check_database(data_dir: Path) -> Finding:
+    """Whether the database takes writes."""
+    what, path = "database", database_path(data_dir)
+    if not has_database(data_dir):
+        return Finding(what, Verdict.OK, f"{path} is not there yet; the first start makes it.")
+    try:
+        async with open_store(data_dir) as store:
+            await store.ping()
+    except (PenstockError, OSError) as error:
+        return Finding(what, Verdict.PROBLEM, str(error))
+    return Finding(what, Verdict.OK, f"{path} takes writes.")
+
+
+async def check_upstream(settings: Upstream) -> Finding:
+    """Whether an upstream answers, and with a model that its patterns match."""
+    what = f"upstream {settings.name}"
+    try:
+        upstream = OpenAIHttpUpstream(
+            name=settings.name,
+            base_url=settings.base_url,
+            api_key=settings.api_key.get_secret_value() if settings.api_key else None,
+            max_concurrency=settings.max_concurrency,
+            request_timeout_s=min(settings.request_timeout_s, 30),
+            connect_timeout_s=settings.connect_timeout_s,
+        )
+        try:
+            models = await upstream.list_models()
+        finally:
+            await upstream.close()
+    except UpstreamDown as error:
+        hint = "start it, or correct its base_url and api_key."
+        return Finding(what, Verdict.PROBLEM, f"{str(error).rstrip('.')}; {hint}")
+    except PenstockError as error:
+        return Finding(what, Verdict.PROBLEM, str(error))
+    served = [name for name in models if any(fnmatchcase(name, p) for p in settings.models)]
+    if not served:
+        return Finding(
+            what,
+            Verdict.NOTE,
+            f"It answers, but none of its {len(models)} models matches "
+            f"upstreams.models ({', '.join(settings.models)}); correct the patterns unless it "
+            "serves models that it does not list.",
+        )
+    more = f" and {len(served) - _SHOWN_MODELS} more" if len(served) > _SHOWN_MODELS else ""
+    names = ", ".join(served[:_SHOWN_MODELS])
+    return Finding(what, Verdict.OK, f"It answers and serves {names}{more}.")
+
+
+def database_path(data_dir: Path) -> Path:
+    """Where the database of a data directory is."""
+    return data_dir.absolute() / "penstock.db"
+
+
+def has_database(data_dir: Path) -> bool:
+    """Whether a data directory was used before."""
+    return database_path(data_dir).exists()
+
+
+@contextlib.asynccontextmanager
+async def open_store(data_dir: Path) -> AsyncGenerator[SqlStore]:
+    """The database of a data directory, brought to this version's schema."""
+    store = SqlStore(f"sqlite+aiosqlite:///{database_path(data_dir)}", jobs=None)
+    try:
+        await store.open()
+        yield store
+    finally:
+        await store.close()
+
+
+def _is_in_use(data_dir: Path) -> bool:
+    """Whether a process holds the directory, as `app` does while it works."""
+    try:
+        lock = os.open(data_dir / "lock", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False

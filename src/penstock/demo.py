@@ -1,0 +1,155 @@
+"""`penstock demo`: a simulator, a server and one real batch, end to end.
+
+Everything runs as a person would start it: two processes of this same program, and the client
+commands. What is printed is what was done.
+"""
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Generator
+from pathlib import Path
+
+from rich.console import Console
+
+from penstock.client import BatchObject, Client
+from penstock.errors import InvalidRequest, PenstockError
+from penstock.places import KEY_FILE
+from penstock.terminal import clean, summary, watch
+
+_PATIENCE_S = 60.0
+_UNREADABLE = "(unreadable)"
+"""The one review of the example that the simulator refuses, to show what failing looks like."""
+
+
+class DemoFailed(PenstockError):
+    """A part of the demo did not start."""
+
+
+def find_examples() -> Path:
+    """Where the example files lie: in the package, or beside it in a checkout.
+
+    Raises:
+        InvalidRequest: They are in neither place.
+    """
+    here = Path(__file__).parent
+    for folder in (here / "examples", here.parent.parent / "examples"):
+        if folder.is_dir():
+            return folder
+    raise InvalidRequest("The example files are missing from this installation.")
+
+
+def run_demo(data_dir: Path, console: Console) -> BatchObject:
+    """Run the demo and leave its results in `data_dir`.
+
+    Returns:
+        The batch at its end.
+
+    Raises:
+        DemoFailed: A process did not start; the message says what it printed.
+    """
+    example = find_examples() / "reviews.jsonl"
+    data_dir.mkdir(parents=True, exist_ok=True)
+    simulator_port, port = _free_port(), _free_port()
+    upstream = f"http://127.0.0.1:{simulator_port}/v1"
+    with (
+        _process(
+            console,
+            "An upstream without a model",
+            [
+                *("simulate", "--port", str(simulator_port), "--latency-ms", "20"),
+                *("--tokens", "5", "--fail-match", _UNREADABLE, "--error-status", "400"),
+            ],
+            log=data_dir / "simulator.log",
+            ready_url=f"http://127.0.0.1:{simulator_port}/health",
+        ),
+        _process(
+            console,
+            "Penstock in front of it",
+            ["serve", "--port", str(port), "--data-dir", str(data_dir), "--upstream", upstream],
+            log=data_dir / "server.log",
+            ready_url=f"http://127.0.0.1:{port}/readyz",
+        ),
+    ):
+        key = (data_dir / KEY_FILE).read_text().strip()
+        with Client(f"http://127.0.0.1:{port}", key) as client:
+            return _run_batch(client, example, data_dir / "results", console)
+
+
+def _run_batch(client: Client, example: Path, results: Path, console: Console) -> BatchObject:
+    file_id = client.upload(example)
+    console.print(f"[bold]Uploaded[/] {example.name} as {file_id}.")
+    created = client.create_batch(
+        input_file_id=file_id, endpoint="/v1/chat/completions", job_name="demo"
+    )
+    console.print(f"[bold]Created[/] {created.id}.")
+    batch = watch(client, created.id, console)
+    console.print(f"[bold]Ended.[/] {summary(batch)}", soft_wrap=True)
+    results.mkdir(exist_ok=True)
+    for name, result_id in (("output", batch.output_file_id), ("error", batch.error_file_id)):
+        if result_id is not None:
+            target = results / f"{batch.id}_{name}.jsonl"
+            client.download(result_id, target)
+            console.print(f"\n[bold]The {name} file:[/] {target}", soft_wrap=True)
+            console.print(_first_line(target), style="dim", markup=False, highlight=False)
+    return batch
+
+
+def _first_line(path: Path) -> str:
+    with path.open() as file:
+        line = json.loads(file.readline())
+    body = line["response"]["body"]
+    said = body.get("error", {}).get("message") or body["choices"][0]["message"]["content"]
+    return clean(f"{line['custom_id']}: {line['response']['status_code']}, {said}")
+
+
+@contextlib.contextmanager
+def _process(
+    console: Console, what: str, arguments: list[str], *, log: Path, ready_url: str
+) -> Generator[None]:
+    """Run a command of this program until the block ends."""
+    console.print(f"[bold]{what}:[/] penstock {' '.join(arguments)}", soft_wrap=True)
+    with log.open("w") as output:
+        process = subprocess.Popen(  # noqa: S603  (this very program)
+            [sys.executable, "-m", "penstock", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        deadline = time.monotonic() + _PATIENCE_S
+        while not _answers(ready_url):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise DemoFailed(f"`penstock {arguments[0]}` did not start: {_tail(log)}")
+            time.sleep(0.05)
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2):  # noqa: S310  (http on loopback)
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _tail(log: Path) -> str:
+    return log.read_text().strip()[-500:] or "it printed nothing."
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

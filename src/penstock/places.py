@@ -1,0 +1,99 @@
+"""Where the settings file, the data directory and the server are.
+
+Client commands need no more than this, so they do not load the settings: they start at once,
+and a mistake in an upstream's settings does not keep anyone from looking at a batch.
+"""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from penstock.errors import InvalidSettings
+
+DEFAULT_URL = "http://127.0.0.1:8080"
+DEFAULT_DATA_DIR = "penstock-data"
+DEFAULT_CONFIG = "penstock.toml"
+KEY_FILE = "api-key"
+"""In the data directory: the key that the first start made, mode 0600."""
+
+
+def find_config(flag: Path | None) -> Path | None:
+    """Find the settings file: `--config`, else `PENSTOCK_CONFIG`, else `penstock.toml` here.
+
+    Returns:
+        Its path, or None if none was named and there is none here.
+
+    Raises:
+        InvalidSettings: One was named, but there is no such file.
+    """
+    for path, where in ((flag, "--config"), (_named("PENSTOCK_CONFIG"), "PENSTOCK_CONFIG")):
+        if path is not None:
+            if not path.is_file():
+                raise InvalidSettings(f"{where} names {path}, but there is no such file.")
+            return path
+    here = Path(DEFAULT_CONFIG)
+    return here if here.is_file() else None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a settings file as it stands.
+
+    Raises:
+        InvalidSettings: It cannot be read or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InvalidSettings(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise InvalidSettings(f"{path} is not valid TOML: {error}.") from error
+
+
+def find_data_dir(flag: Path | None, *, config: Path | None = None) -> Path:
+    """Find the data directory as the settings would, without checking anything else.
+
+    Args:
+        flag: As `--data-dir` gives it; None looks on.
+        config: The settings file, as `--config` gives it; None looks where it may be.
+    """
+    if flag is not None:
+        return flag.expanduser()
+    if (named := _named("PENSTOCK_DATA_DIR")) is not None:
+        return named.expanduser()
+    path = find_config(config)
+    value = read_config(path).get("data_dir") if path is not None else None
+    return Path(value if isinstance(value, str) else DEFAULT_DATA_DIR).expanduser()
+
+
+def find_url() -> str:
+    """Where the server is: `PENSTOCK_URL`, with or without `/v1`, else this machine."""
+    url = os.environ.get("PENSTOCK_URL") or DEFAULT_URL
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def find_key(data_dir: Path | None) -> str | None:
+    """The client's key: `PENSTOCK_API_KEY`, else the one kept in the data directory.
+
+    Args:
+        data_dir: As the flag `--data-dir` gives it; None looks where the settings say.
+
+    Returns:
+        The key, or None if there is none, which a server without authentication accepts.
+    """
+    if key := os.environ.get("PENSTOCK_API_KEY", "").strip():
+        return key
+    path = find_data_dir(data_dir) / KEY_FILE
+    try:
+        return path.read_text().strip() or None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise InvalidSettings(
+            f"The key in {path} cannot be read: {error.strerror}; set PENSTOCK_API_KEY."
+        ) from error
+
+
+def _named(variable: str) -> Path | None:
+    value = os.environ.get(variable)
+    return Path(value) if value else None

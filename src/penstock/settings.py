@@ -1,0 +1,427 @@
+"""Every setting of Penstock, as one frozen tree that is read once at start.
+
+    flags  >  environment (PENSTOCK_*)  >  settings file (TOML)  >  defaults
+
+An unknown name is refused wherever it stands: a misspelt limit that is passed over in silence
+is found out when it is too late. An error names the setting, what is wrong, what is allowed
+and where the value came from, and never a secret.
+
+To add a setting, add a field to its table and a row to `docs/settings.md`.
+"""
+
+import ipaddress
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+from urllib.parse import urlsplit
+
+from pydantic import BeforeValidator, Field, PrivateAttr, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+
+from penstock.errors import InvalidSettings
+from penstock.model import parse_window
+from penstock.places import DEFAULT_DATA_DIR, find_config, read_config
+from penstock.settings_sources import (
+    ListOf,
+    SettingPath,
+    Sources,
+    Table,
+    dotted,
+    iter_settings,
+    show,
+    spot_of,
+    variable_name,
+)
+
+UPSTREAM_KEY_VARIABLE = "PENSTOCK_UPSTREAM_API_KEY"
+"""Holds the key of an upstream that a flag names, which has no table of its own."""
+_BESIDE_THE_TREE = frozenset({"PENSTOCK_CONFIG", "PENSTOCK_URL", UPSTREAM_KEY_VARIABLE})
+_FLAGS = {"server.auth": "--no-auth", "upstreams": "--upstream"}
+_KEY = "printable ASCII characters without spaces"
+_SECRET = f'{_KEY}, or {{ env = "NAME" }}'
+_LABEL = "1 to 64 letters, digits, dots, dashes or underscores"
+_WINDOW = "a whole number from 1 followed by s, m, h or d, such as 24h"
+
+
+# Kinds of values
+
+
+def _not_a_bool(value: object) -> object:
+    # pydantic would read true as 1.
+    if isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _window(value: object) -> object:
+    if not isinstance(value, str) or parse_window(value) is None:
+        raise ValueError
+    return value
+
+
+def is_label(text: str) -> bool:
+    """Whether `text` may be the name of an upstream or a project."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", text, re.A) is not None
+
+
+def _label(value: object) -> object:
+    if not isinstance(value, str) or not is_label(value):
+        raise ValueError
+    return value
+
+
+def _base_url(value: object) -> object:
+    if not isinstance(value, str):
+        raise ValueError
+    try:
+        parts = urlsplit(value)
+        _ = parts.port  # which raises if it is not a number up to 65535
+    except ValueError:
+        raise ValueError from None
+    is_plain = not (parts.query or parts.fragment or re.search(r"\s", value))
+    if parts.scheme not in ("http", "https") or not parts.hostname or not is_plain:
+        raise ValueError
+    return value.rstrip("/")
+
+
+def _secret(value: object) -> object:
+    if isinstance(value, dict):
+        names = list(cast("dict[str, object]", value).items())
+        if len(names) != 1 or names[0][0] != "env" or not isinstance(names[0][1], str):
+            raise ValueError
+        name = names[0][1]
+        value = os.environ.get(name, "").strip()
+        if not value:
+            raise ValueError(f"names the environment variable {name}, which is not set")
+    if isinstance(value, str) and not re.fullmatch(r"[!-~]+", value):
+        raise ValueError
+    return value
+
+
+def _project_key(value: object) -> object:
+    value = _secret(value)
+    if isinstance(value, str) and len(value) < 16:
+        raise ValueError
+    return value
+
+
+def _directory(value: object) -> object:
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise ValueError
+    return Path(value).expanduser()
+
+
+Whole = Annotated[int, BeforeValidator(_not_a_bool)]
+Number = Annotated[float, BeforeValidator(_not_a_bool)]
+Window = Annotated[str, BeforeValidator(_window)]
+Label = Annotated[str, BeforeValidator(_label)]
+Secret = Annotated[SecretStr, BeforeValidator(_secret)]
+ProjectKey = Annotated[SecretStr, BeforeValidator(_project_key)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+def _setting(description: str, allowed: str, **rest: Any) -> Any:
+    return Field(description=description, json_schema_extra={"allowed": allowed}, **rest)
+
+
+def _whole(default: int, description: str, *, ge: int = 1, le: int | None = None) -> Any:
+    allowed = f"a whole number from {ge}" + ("" if le is None else f" to {le}")
+    return _setting(description, allowed, default=default, ge=ge, le=le)
+
+
+def _positive(default: float, description: str) -> Any:
+    return _setting(description, "a number above 0", default=default, gt=0)
+
+
+def _not_negative(default: float, description: str) -> Any:
+    return _setting(description, "a number from 0", default=default, ge=0)
+
+
+# The tree
+
+
+class Server(Table):
+    """The API's door."""
+
+    host: Text = _setting(
+        "The address that the API listens on.", "an address or host name", default="127.0.0.1"
+    )
+    port: Whole = _whole(
+        8080, "The TCP port that the API listens on; 0 takes any free one.", ge=0, le=65535
+    )
+    auth: bool = _setting(
+        "Whether a key is asked for; may be false on a loopback address only.",
+        "true or false",
+        default=True,
+    )
+    shutdown_grace_s: Number = _not_negative(
+        10, "How long open requests and lines in flight may go on at a shutdown, in seconds."
+    )
+
+
+class Limits(Table):
+    """What clients may ask for."""
+
+    requests_per_batch: Whole = _whole(50_000, "The most requests in one batch.")
+    input_file_bytes: Whole = _whole(209_715_200, "The largest file, in bytes.")
+    line_bytes: Whole = _whole(16 * 2**20, "The longest line of an input file, in bytes.")
+    default_completion_window: Window = _setting(
+        "The completion window of a batch whose client names none.", _WINDOW, default="24h"
+    )
+    max_completion_window: Window = _setting(
+        "The longest completion window that a client may name.", _WINDOW, default="30d"
+    )
+    reported_faults: Whole = _whole(
+        1000, "The most faults of an input file that are told; the others are counted."
+    )
+
+
+class Worker(Table):
+    """How batches are run."""
+
+    slice_requests: Whole = _whole(
+        256, "The most requests in a slice, which is what a worker claims."
+    )
+    slice_bytes: Whole = _whole(2 * 2**20, "The most input bytes in a slice.")
+    flush_interval_s: Number = _positive(
+        0.05, "How long a reply may wait until it is made durable, in seconds."
+    )
+    flush_bytes: Whole = _whole(
+        256 * 1024, "How many bytes of replies may wait until they are made durable."
+    )
+    cancel_grace_s: Number = _not_negative(
+        600, "How long lines in flight may go on after their batch is cancelled, in seconds."
+    )
+    lease_s: Number = _positive(
+        30, "How long a slice stays with a worker that gives no sign of life, in seconds."
+    )
+
+
+class Upstream(Table):
+    """A place where lines are sent."""
+
+    name: Label = _setting("What the upstream is called; each name once.", _LABEL)
+    kind: Literal["openai"] = _setting(
+        "What it speaks: `openai` is any OpenAI-compatible server.", "openai", default="openai"
+    )
+    base_url: Annotated[str, BeforeValidator(_base_url)] = _setting(
+        "Where its API is, with `/v1` if it has one.",
+        "an http or https URL with a host and without a query, "
+        "such as http://127.0.0.1:9000/v1",
+    )
+    api_key: Secret | None = _setting(
+        'Its key, or `{ env = "NAME" }` to take it from an environment variable.',
+        _SECRET,
+        default=None,
+    )
+    models: Annotated[tuple[Text, ...], Field(min_length=1)] = _setting(
+        "Glob patterns; the first upstream that matches a line's model takes the line.",
+        "a list of at least one pattern",
+        default=("*",),
+    )
+    max_concurrency: Whole = _whole(256, "The most lines in flight at the same time.")
+    request_timeout_s: Number = _positive(
+        600, "How long one attempt at a line may take, in seconds."
+    )
+    connect_timeout_s: Number = _positive(
+        10, "How long a connection may take to open, in seconds."
+    )
+    max_attempts: Whole = _whole(5, "How often a line is tried before it fails.")
+
+
+class ProjectSettings(Table):
+    """A project and the keys that open it."""
+
+    name: Label = _setting("What the project is called; each name once.", _LABEL)
+    api_keys: tuple[ProjectKey, ...] = _setting(
+        "Its keys; no key may belong to two projects.",
+        f"a list of keys, each of at least 16 {_KEY}",
+        default=(),
+    )
+    weight: Whole = _whole(1, "Its share of the workers beside other projects that have work.")
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A setting in force, as a person may see it."""
+
+    name: str
+    """Dotted, such as `server.port` or `upstreams[0].base_url`."""
+    value: str
+    """Secrets are `***`."""
+    source: str
+    """`default`, the settings file, the environment variable or the flag."""
+
+
+class Settings(Table):
+    """All settings in force."""
+
+    data_dir: Annotated[Path, BeforeValidator(_directory)] = _setting(
+        "The directory of the database and all files.", "a path", default=Path(DEFAULT_DATA_DIR)
+    )
+    api_key: Secret | None = _setting(
+        "The key of the project `default`; without one and without projects, "
+        "the first start makes one.",
+        _SECRET,
+        default=None,
+    )
+    server: Server = Server()
+    limits: Limits = Limits()
+    worker: Worker = Worker()
+    upstreams: tuple[Upstream, ...] = ()
+    projects: tuple[ProjectSettings, ...] = ()
+
+    _origins: dict[SettingPath, str] = PrivateAttr(default_factory=dict[SettingPath, str])
+
+    def describe(self) -> list[Shown]:
+        """Every setting in force and where it came from, in the order of the manual."""
+        return list(_describe(self, (), self._origins))
+
+
+def load_settings(
+    *, config: Path | None = None, overrides: Mapping[str, Any] | None = None
+) -> Settings:
+    """Read the settings from all their sources.
+
+    Args:
+        config: The settings file; None takes `PENSTOCK_CONFIG`, else `penstock.toml` in the
+            working directory if it is there.
+        overrides: What flags say, by dotted name, such as `{"server.port": 9000}`. None
+            stands for a flag that was not given.
+
+    Raises:
+        InvalidSettings: A setting is unknown or wrong; the message names it, its value unless
+            it is secret, what is allowed, and where it came from.
+    """
+    sources = Sources(Settings)
+    if (path := find_config(config)) is not None:
+        sources.put((), read_config(path), f"file {path}")
+    sources.put_environment(os.environ, beside=_BESIDE_THE_TREE)
+    for name, value in (overrides or {}).items():
+        if value is not None:
+            flag = _FLAGS.get(name, "--" + name.rpartition(".")[2].replace("_", "-"))
+            sources.put(tuple(name.split(".")), value, f"flag {flag}")
+    try:
+        settings = Settings.model_validate(sources.tree)
+    except ValidationError as error:
+        raise InvalidSettings(sources.sentence(error.errors()[0])) from None
+    settings._origins.update(sources.origins)  # pyright: ignore[reportPrivateUsage]
+    _check_together(settings, sources)
+    return settings
+
+
+def upstream_from_flag(base_url: str, **rest: Any) -> list[dict[str, Any]]:
+    """What `--upstream URL` means, as the override of `upstreams`.
+
+    Args:
+        base_url: The URL, as given.
+        rest: Other settings of this upstream by name, such as `max_concurrency`. None stands
+            for one that was not given.
+    """
+    upstream: dict[str, Any] = {"name": "default", "base_url": base_url}
+    if os.environ.get(UPSTREAM_KEY_VARIABLE):
+        upstream["api_key"] = {"env": UPSTREAM_KEY_VARIABLE}
+    upstream.update((name, value) for name, value in rest.items() if value is not None)
+    return [upstream]
+
+
+# What there is and what is in force
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A setting as the manual has it."""
+
+    name: str
+    """Dotted, with `[]` for any entry of a list."""
+    variable: str
+    """The environment variable, with `N` for the entry's number, from 0."""
+    default: str
+    description: str
+
+
+def list_settings() -> list[Entry]:
+    """Every setting there is, in the order of the manual."""
+    return [
+        Entry(
+            name=dotted(path).replace("[0]", "[]"),
+            variable=variable_name(path).replace("__0__", "__N__"),
+            default="required" if setting.is_required() else show(setting.default),
+            description=setting.description or "",
+        )
+        for path, setting in iter_settings(Settings)
+    ]
+
+
+def _describe(
+    table: Table, path: SettingPath, origins: Mapping[SettingPath, str]
+) -> Iterator[Shown]:
+    for name, setting in type(table).model_fields.items():
+        value: Any = getattr(table, name)
+        here = (*path, name)
+        spot = spot_of(setting)
+        if isinstance(spot, FieldInfo) or not value:
+            yield Shown(dotted(here), show(value), origins.get(here, "default"))
+        elif isinstance(spot, ListOf):
+            for index, item in enumerate(value):
+                yield from _describe(item, (*here, index), origins)
+        else:
+            yield from _describe(value, here, origins)
+
+
+# What settings must hold to together
+
+
+def _check_together(settings: Settings, sources: Sources) -> None:
+    def told(*path: str | int) -> str:
+        value: Any = settings
+        for step in path:
+            value = value[step] if isinstance(step, int) else getattr(value, step)
+        return sources.told(path, value)
+
+    limits = settings.limits
+    default, longest = limits.default_completion_window, limits.max_completion_window
+    if (parse_window(default) or 0) > (parse_window(longest) or 0):
+        raise InvalidSettings(
+            f"{told('limits', 'default_completion_window')}; "
+            f"it must not be longer than limits.max_completion_window, {longest}."
+        )
+    if not settings.server.auth and not _is_loopback(settings.server.host):
+        raise InvalidSettings(
+            f"{told('server', 'auth')}; it must be true unless server.host is a loopback "
+            f"address such as 127.0.0.1, and {told('server', 'host')}."
+        )
+    for table, entries in (("upstreams", settings.upstreams), ("projects", settings.projects)):
+        names: dict[str, int] = {}
+        for index, entry in enumerate(entries):
+            if (first := names.setdefault(entry.name, index)) != index:
+                raise InvalidSettings(
+                    f"{told(table, index, 'name')}; it must not be that of {table}[{first}]."
+                )
+    _check_keys(settings, sources)
+
+
+def _check_keys(settings: Settings, sources: Sources) -> None:
+    owners: dict[str, tuple[str, SettingPath]] = {}
+    if settings.api_key is not None:
+        owners[settings.api_key.get_secret_value()] = ("default", ("api_key",))
+    for index, project in enumerate(settings.projects):
+        for number, key in enumerate(project.api_keys):
+            path: SettingPath = ("projects", index, "api_keys", number)
+            owner, first = owners.setdefault(key.get_secret_value(), (project.name, path))
+            if owner != project.name:
+                raise InvalidSettings(
+                    f"{dotted(path)} ({sources.origin(path)}) is also {dotted(first)} "
+                    f"({sources.origin(first)}); it must not be a key of another project, "
+                    f"such as {owner}."
+                )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

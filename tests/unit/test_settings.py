@@ -1,0 +1,393 @@
+"""Where settings come from, which one wins and what is refused."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from penstock.errors import InvalidSettings
+from penstock.settings import Settings, load_settings, upstream_from_flag
+
+UPSTREAM = '[[upstreams]]\nname = "local"\nbase_url = "http://127.0.0.1:9000/v1"\n'
+KEY = "sk-alpha-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def bare_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("PENSTOCK_"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+def load(toml: str = "", **overrides: Any) -> Settings:
+    Path("penstock.toml").write_text(toml, encoding="utf-8")
+    return load_settings(
+        config=None, overrides={k.replace("__", "."): v for k, v in overrides.items()}
+    )
+
+
+def refused(toml: str = "", **overrides: Any) -> str:
+    with pytest.raises(InvalidSettings) as caught:
+        load(toml, **overrides)
+    return str(caught.value)
+
+
+# Sources
+
+
+def test_without_any_source_the_defaults_hold() -> None:
+    settings = load_settings(config=None, overrides={})
+
+    assert settings.data_dir == Path("penstock-data")
+    assert (settings.server.host, settings.server.port) == ("127.0.0.1", 8080)
+    assert settings.upstreams == ()
+
+
+def test_the_environment_beats_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_SERVER__PORT", "9002")
+
+    assert load("[server]\nport = 9001").server.port == 9002
+
+
+def test_a_flag_beats_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_SERVER__PORT", "9002")
+
+    assert load("[server]\nport = 9001", server__port=9003).server.port == 9003
+
+
+def test_a_flag_that_was_not_given_changes_nothing() -> None:
+    assert load("[server]\nport = 9001", server__port=None).server.port == 9001
+
+
+def test_sources_are_merged_setting_by_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_SERVER__HOST", "::1")
+
+    server = load("[server]\nport = 9001").server
+
+    assert (server.host, server.port) == ("::1", 9001)
+
+
+def test_the_file_named_in_the_environment_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other.toml").write_text("[server]\nport = 9005")
+    monkeypatch.setenv("PENSTOCK_CONFIG", "other.toml")
+
+    assert load("[server]\nport = 9001").server.port == 9005
+
+
+def test_the_file_named_by_the_flag_beats_the_one_in_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other.toml").write_text("[server]\nport = 9005")
+    monkeypatch.setenv("PENSTOCK_CONFIG", "missing.toml")
+
+    assert load_settings(config=Path("other.toml")).server.port == 9005
+
+
+def test_a_named_file_must_be_there() -> None:
+    with pytest.raises(InvalidSettings, match=r"--config names gone\.toml, but there is no"):
+        load_settings(config=Path("gone.toml"))
+
+
+def test_a_file_that_is_not_toml_is_refused() -> None:
+    assert refused("[server").startswith("penstock.toml is not valid TOML: ")
+
+
+def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_API_KEY", "")
+    monkeypatch.setenv("PENSTOCK_SERVER__PORT", " ")
+
+    settings = load()
+
+    assert settings.api_key is None
+    assert settings.server.port == 8080
+
+
+def test_a_variable_reaches_into_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_UPSTREAMS__0__MAX_CONCURRENCY", "7")
+    monkeypatch.setenv("PENSTOCK_UPSTREAMS__0__MODELS", '["qwen*"]')
+    monkeypatch.setenv("PENSTOCK_UPSTREAMS__1__NAME", "second")
+    monkeypatch.setenv("PENSTOCK_UPSTREAMS__1__BASE_URL", "https://b.example")
+
+    first, second = load(UPSTREAM).upstreams
+
+    assert (first.name, first.max_concurrency, first.models) == ("local", 7, ("qwen*",))
+    assert (second.name, second.base_url) == ("second", "https://b.example")
+
+
+def test_a_variable_holds_a_whole_list_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_UPSTREAMS", '[{"name": "a", "base_url": "http://a"}]')
+    monkeypatch.setenv("PENSTOCK_UPSTREAMS__0__API_KEY", "sk-a")
+
+    [upstream] = load(UPSTREAM).upstreams
+
+    assert upstream.name == "a"
+    assert upstream.api_key is not None
+
+
+def test_the_tenth_entry_comes_after_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(11):
+        monkeypatch.setenv(f"PENSTOCK_PROJECTS__{number}__NAME", f"p{number}")
+
+    assert [p.name for p in load().projects] == [f"p{number}" for number in range(11)]
+
+
+def test_an_upstream_by_flag_replaces_those_of_the_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PENSTOCK_UPSTREAM_API_KEY", "sk-up")
+
+    [upstream] = load(
+        UPSTREAM, upstreams=upstream_from_flag("http://b", max_concurrency=9)
+    ).upstreams
+
+    assert (upstream.base_url, upstream.max_concurrency) == ("http://b", 9)
+    assert upstream.api_key is not None
+    assert upstream.api_key.get_secret_value() == "sk-up"
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        load().server.port = 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("toml", "unknown", "nearest"),
+    [
+        ("[server]\nprot = 1", "server.prot", "server.port"),
+        ("port = 1", "port", "server.port"),
+        ("[sever]\nport = 1", "sever", "server"),
+        (UPSTREAM + "baseurl = 1", "upstreams[0].baseurl", "upstreams[0].base_url"),
+    ],
+)
+def test_an_unknown_name_is_refused_and_the_nearest_one_told(
+    toml: str, unknown: str, nearest: str
+) -> None:
+    assert refused(toml) == (
+        f"There is no setting {unknown} (file penstock.toml); did you mean {nearest}?"
+    )
+
+
+@pytest.mark.parametrize("name", ["database_url", "storage_url", "webhooks"])
+def test_a_setting_of_a_later_release_is_unknown(name: str) -> None:
+    assert refused(f'{name} = "x"').startswith(
+        f"There is no setting {name} (file penstock.toml); there are data_dir, api_key, "
+    )
+
+
+@pytest.mark.parametrize(
+    ("variable", "nearest"),
+    [
+        ("PENSTOCK_SERVER__PROT", "PENSTOCK_SERVER__PORT"),
+        ("PENSTOCK_SERVER_PORT", "PENSTOCK_SERVER__PORT"),
+        ("PENSTOCK_PORT", "PENSTOCK_SERVER__PORT"),
+        ("PENSTOCK_UPSTREAMS__2__URL", "PENSTOCK_UPSTREAMS__2__BASE_URL"),
+    ],
+)
+def test_an_unknown_variable_is_refused_and_the_nearest_one_told(
+    variable: str, nearest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "1")
+
+    assert refused() == (
+        f"There is no setting {variable} in the environment; did you mean {nearest}?"
+    )
+
+
+def test_variables_of_the_client_and_of_kubernetes_are_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PENSTOCK_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("PENSTOCK_UPSTREAM_API_KEY", "sk-up")
+    monkeypatch.setenv("PENSTOCK_PORT", "tcp://10.0.0.1:8080")
+    monkeypatch.setenv("PENSTOCK_PORT_8080_TCP_ADDR", "10.0.0.1")
+    monkeypatch.setenv("PENSTOCK_API_SERVICE_HOST", "10.0.0.1")
+
+    assert load().server.port == 8080
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("[server]\nport = 70000", "server.port is 70000 (file penstock.toml); it must be a "
+         "whole number from 0 to 65535."),
+        ("[server]\nport = true", "server.port is true (file penstock.toml); it must be a "
+         "whole number from 0 to 65535."),
+        ("[worker]\nflush_interval_s = 0", "worker.flush_interval_s is 0 (file penstock.toml); "
+         "it must be a number above 0."),
+        ("[worker]\nflush_interval_s = nan", "worker.flush_interval_s is NaN (file "
+         "penstock.toml); it must be a number above 0."),
+        ('[limits]\nmax_completion_window = "1w"', 'limits.max_completion_window is "1w" (file '
+         "penstock.toml); it must be a whole number from 1 followed by s, m, h or d, such as "
+         "24h."),
+        ('[limits]\ndefault_completion_window = "31d"', "limits.default_completion_window is "
+         '"31d" (file penstock.toml); it must not be longer than limits.max_completion_window, '
+         "30d."),
+        ('data_dir = ""', 'data_dir is "" (file penstock.toml); it must be a path.'),
+        ('[upstreams]\nname = "a"', "upstreams (file penstock.toml) must be a list of tables: "
+         "write [[upstreams]] before each."),
+        ("server = 3", "server (file penstock.toml) must be a table."),
+        ('[[upstreams]]\nname = "a"', "upstreams[0].base_url is missing (file penstock.toml); "
+         "it must be an http or https URL with a host and without a query, such as "
+         "http://127.0.0.1:9000/v1."),
+        (UPSTREAM + 'kind = "azure"', 'upstreams[0].kind is "azure" (file penstock.toml); it '
+         "must be openai."),
+        (UPSTREAM + "models = []", "upstreams[0].models is [] (file penstock.toml); it must be "
+         "a list of at least one pattern."),
+        (UPSTREAM + UPSTREAM, 'upstreams[1].name is "local" (file penstock.toml); it must not '
+         "be that of upstreams[0]."),
+        ('[[projects]]\nname = "a"\n' * 2, 'projects[1].name is "a" (file penstock.toml); it '
+         "must not be that of projects[0]."),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_told_with_what_is_allowed(toml: str, message: str) -> None:
+    assert refused(toml) == message
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:9000",
+        "ftp://a",
+        "http://",
+        "http://a:99999",
+        "http://a/v1?x=1",
+        "http://[::1",
+    ],
+)
+def test_a_base_url_must_be_one(url: str) -> None:
+    assert refused(upstreams=upstream_from_flag(url)).startswith(
+        f'upstreams[0].base_url is "{url}" (flag --upstream); it must be an http or https URL'
+    )
+
+
+def test_a_base_url_ends_without_a_slash() -> None:
+    [upstream] = load(upstreams=upstream_from_flag("http://a/v1/")).upstreams
+
+    assert upstream.base_url == "http://a/v1"
+
+
+def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_SERVER__PORT", "eighty")
+
+    assert refused() == (
+        'server.port is "eighty" (environment variable PENSTOCK_SERVER__PORT); '
+        "it must be a whole number from 0 to 65535."
+    )
+
+
+def test_a_variable_that_must_be_json_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_UPSTREAMS", '[{"api_key": "sk-secret"')
+
+    assert refused() == (
+        "upstreams (environment variable PENSTOCK_UPSTREAMS) must be written as JSON."
+    )
+
+
+def test_a_list_in_the_environment_has_no_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_UPSTREAMS__1__NAME", "b")
+
+    assert refused() == (
+        "There is no upstreams[1] (environment variable PENSTOCK_UPSTREAMS__1__NAME): "
+        "upstreams has 0 entries, counted from 0."
+    )
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
+def test_authentication_may_be_off_on_a_loopback_address(host: str) -> None:
+    assert not load(server__auth=False, server__host=host).server.auth
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1", "example.org"])
+def test_authentication_may_not_be_off_elsewhere(host: str) -> None:
+    assert refused(server__auth=False, server__host=host) == (
+        "server.auth is false (flag --no-auth); it must be true unless server.host is a "
+        f'loopback address such as 127.0.0.1, and server.host is "{host}" (flag --host).'
+    )
+
+
+# Secrets
+
+
+def test_a_key_in_two_projects_is_refused() -> None:
+    toml = "".join(f'[[projects]]\nname = "{name}"\napi_keys = ["{KEY}"]\n' for name in "ab")
+
+    message = refused(toml)
+
+    assert message.startswith(
+        "projects[1].api_keys[0] (file penstock.toml) is also projects[0]"
+    )
+    assert KEY not in message
+
+
+def test_the_key_of_default_is_no_key_of_another_project(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PENSTOCK_API_KEY", KEY)
+
+    assert "(environment variable PENSTOCK_API_KEY)" in refused(
+        f'[[projects]]\nname = "a"\napi_keys = ["{KEY}"]'
+    )
+    assert load(f'[[projects]]\nname = "default"\napi_keys = ["{KEY}"]').projects
+
+
+def test_a_key_may_stand_in_another_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_KEY", "sk-local\n")
+
+    [upstream] = load(UPSTREAM + 'api_key = { env = "LOCAL_KEY" }').upstreams
+
+    assert upstream.api_key is not None
+    assert upstream.api_key.get_secret_value() == "sk-local"
+
+
+def test_a_key_in_a_variable_that_is_not_set_is_refused() -> None:
+    assert refused(UPSTREAM + 'api_key = { env = "LOCAL_KEY" }') == (
+        "upstreams[0].api_key (file penstock.toml) cannot be used; it names the environment "
+        "variable LOCAL_KEY, which is not set."
+    )
+
+
+@pytest.mark.parametrize(
+    "toml",
+    [
+        UPSTREAM + 'api_key = "sk secret"',
+        UPSTREAM + 'api_key = { key = "sk-secret" }',
+        '[[projects]]\nname = "a"\napi_keys = ["sk-secret"]',
+        '[[projects]]\nname = "a"\napi_keys = "sk-secret"',
+        '[[upstreams]]\nname = "a"\nbase_url = "ftp://me:secret@a"',
+        'upstreams = ["sk-secret"]',
+        'api_kye = "sk-secret"',
+    ],
+)
+def test_an_error_never_holds_a_secret(toml: str) -> None:
+    assert "secret" not in refused(toml)
+
+
+def test_settings_in_force_are_told_with_their_source_and_without_secrets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PENSTOCK_UPSTREAMS__0__API_KEY", "sk-secret")
+    toml = UPSTREAM + f'[[projects]]\nname = "a"\napi_keys = ["{KEY}"]'
+
+    settings = load(toml, server__port=9000)
+    shown = {row.name: (row.value, row.source) for row in settings.describe()}
+
+    assert shown["server.port"] == ("9000", "flag --port")
+    assert shown["server.host"] == ("127.0.0.1", "default")
+    assert shown["upstreams[0].models"] == ('["*"]', "default")
+    assert shown["upstreams[0].api_key"] == (
+        "***",
+        "environment variable PENSTOCK_UPSTREAMS__0__API_KEY",
+    )
+    assert shown["projects[0].api_keys"] == ("[***]", "file penstock.toml")
+    assert "sk-" not in repr(settings) + str(shown)

@@ -1,0 +1,226 @@
+"""What the commands show a person."""
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from penstock.client import BatchObject, Client, ServerFailed
+from penstock.terminal import Pace, batch_view, batches_table, clean, span, summary, watch
+
+from .stub_server import KEY, NOON, Stub, a_batch, run_stub
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    with run_stub() as stub:
+        stub.batches = [a_batch()]
+        yield stub
+
+
+@pytest.fixture
+def client(stub: Stub) -> Iterator[Client]:
+    with Client(stub.url, KEY) as client:
+        yield client
+
+
+def batch(**fields: Any) -> BatchObject:
+    return msgspec.convert(a_batch(**fields), BatchObject)
+
+
+def counts(total: int, completed: int, failed: int) -> dict[str, int]:
+    return {"total": total, "completed": completed, "failed": failed}
+
+
+RUN = [
+    {"status": "validating"},
+    {"status": "in_progress", "request_counts": counts(1000, 0, 0)},
+    {"status": "in_progress", "request_counts": counts(1000, 600, 5)},
+    {"status": "finalizing", "request_counts": counts(1000, 990, 10)},
+    {"status": "completed", "completed_at": NOON + 130},
+]
+
+
+def shown(view: object) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(view)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-1, "0s"),
+        (0.9, "0s"),
+        (59, "59s"),
+        (60, "1m"),
+        (200, "3m 20s"),
+        (3600, "1h"),
+        (7500, "2h 5m"),
+        (86400, "1d"),
+        (90061, "1d 1h"),
+    ],
+)
+def test_a_span_has_its_two_largest_units(seconds: float, text: str) -> None:
+    assert span(seconds) == text
+
+
+def test_a_pace_is_that_of_the_last_half_minute() -> None:
+    pace = Pace()
+    for second in range(0, 101, 10):
+        pace.add(second, 0 if second <= 70 else (second - 70) * 6)
+
+    assert pace.per_second == 6
+    assert pace.seconds_left(60) == 10
+
+
+def test_a_pace_is_not_known_from_one_look() -> None:
+    pace = Pace()
+    pace.add(1, 5)
+
+    assert pace.per_second is None
+    assert pace.seconds_left(60) is None
+
+
+def test_a_batch_that_stands_still_has_no_end_in_sight() -> None:
+    pace = Pace()
+    pace.add(1, 5)
+    pace.add(2, 5)
+
+    assert pace.per_second == 0
+    assert pace.seconds_left(60) is None
+
+
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    assert clean("a\x1b[31mb\u202ec") == "a�[31mb�c"
+
+
+def test_without_a_terminal_a_line_is_printed_at_each_change(
+    stub: Stub, client: Client
+) -> None:
+    stub.stages = [dict(stage) for stage in RUN]
+    console = Console(file=io.StringIO(), width=20)
+
+    ended = watch(client, stub.batches[0]["id"], console)
+
+    assert ended.status == "completed"
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == [
+        "validating:",
+        "in_progress:",
+        "finalizing:",
+        "completed:",
+    ]
+    assert lines[2].endswith(" finalizing: 1,000 of 1,000 lines ended, 10 failed")
+
+
+def test_on_a_terminal_a_bar_shows_speed_failures_and_time_left(
+    stub: Stub, client: Client
+) -> None:
+    stub.stages = [dict(stage) for stage in RUN]
+    console = Console(
+        file=io.StringIO(), width=120, force_terminal=True, force_interactive=True
+    )
+
+    watch(client, stub.batches[0]["id"], console)
+
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    for figure in ("605/1,000", "5 failed", "lines/s", " left"):
+        assert figure in text
+
+
+def test_a_server_that_goes_away_is_waited_for(stub: Stub, client: Client) -> None:
+    stub.stages = [{"status": "in_progress", "then_fails": 2}, {"status": "completed"}]
+    console = Console(file=io.StringIO(), width=200)
+
+    assert watch(client, stub.batches[0]["id"], console).status == "completed"
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().count("Trying again.") == 1
+
+
+def test_a_server_that_never_answered_is_not_waited_for(stub: Stub, client: Client) -> None:
+    stub.failures = 1
+
+    with pytest.raises(ServerFailed):
+        watch(client, stub.batches[0]["id"], Console(file=io.StringIO()))
+
+
+def test_a_batch_is_shown_with_all_that_matters() -> None:
+    usage = {
+        "input_tokens": 1200,
+        "input_tokens_details": {"cached_tokens": 100},
+        "output_tokens": 300,
+        "output_tokens_details": {"reasoning_tokens": 20},
+        "total_tokens": 1500,
+    }
+
+    text = shown(
+        batch_view(
+            batch(
+                status="in_progress",
+                request_counts=counts(1000, 600, 5),
+                model="qwen",
+                job_name="night[red]",
+                metadata={"team": "a"},
+                usage=usage,
+            ),
+            now=NOON + 130,
+        )
+    )
+
+    for part in (
+        "in_progress (60 %)",
+        "600 completed, 5 failed, 1,000 in all",
+        "2m 10s ago",
+        "in 23h 57m; window 24h",
+        "1,200 in (100 cached), 300 out (20 reasoning), 1,500 in all",
+        "night[red]",
+        "team=a",
+        "qwen",
+        "file-in",
+    ):
+        assert part in text
+
+
+def test_a_failed_batch_is_shown_with_its_first_faults() -> None:
+    faults = [
+        {"code": "invalid_url", "message": f"Fault {n}.", "param": "url", "line": n}
+        for n in range(1, 13)
+    ]
+
+    text = shown(
+        batch_view(batch(status="failed", errors={"object": "list", "data": faults}), now=NOON)
+    )
+
+    assert "line 1: invalid_url (url): Fault 1." in text
+    assert "line 10: " in text
+    assert "line 11: " not in text
+    assert "and 2 more" in text
+
+
+def test_batches_are_shown_one_a_row() -> None:
+    text = shown(
+        batches_table(
+            [batch(status="in_progress", request_counts=counts(10, 6, 1), job_name="a")],
+            now=NOON + 60,
+        )
+    )
+
+    head, row = text.splitlines()
+    assert head.split()[:3] == ["ID", "STATUS", "JOB"]
+    assert row.split()[:4] == [batch().id, "in_progress", "a", "6/1/10"]
+    assert row.rstrip().endswith("1m")
+
+
+def test_a_summary_says_how_the_lines_ended() -> None:
+    ended = batch(status="expired", expired_at=NOON + 90, request_counts=counts(10, 6, 4))
+
+    assert summary(ended) == (
+        f"Batch {ended.id} expired in 1m 30s: 6 of 10 lines succeeded, 4 failed."
+    )
