@@ -221,6 +221,9 @@ class InputChecker:
             self._offset = len(BOM)
         if self._suspects is None:
             self._check(lines, is_utf8=_is_utf8(block))
+            if not ends_line:
+                self._offset -= 1
+                self._open.end = min(self._open.end, self._offset)
         else:
             self._look_for_duplicates(lines)
 
@@ -472,6 +475,8 @@ class InputChecker:
         for text in lines:
             self._line += 1
             self._offset += len(text) + 1
+            if len(text) > self._rules.max_line_bytes:
+                continue
             try:
                 custom_id = _decode_custom_id(text).custom_id
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

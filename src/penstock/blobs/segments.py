@@ -151,6 +151,7 @@ class SegmentWriter:
         if self._file < 0:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            _sync_folder(self._path.parent)
         try:
             _write_all(self._file, data, self._offset)
             os.fdatasync(self._file)
@@ -308,10 +309,11 @@ class LocalSegments:
         """
         path = self._path(batch_id, index, attempt)
         path.unlink(missing_ok=True)
-        earlier = self._attempts(batch_id, index)
+        # By name: an attempt that opens late must not take what a newer one has.
+        earlier = [each for each in self._attempts(batch_id, index) if each.name < path.name]
         writer = SegmentWriter(path)
         if earlier:
-            with self.read(batch_id, index) as replies:
+            with _read(earlier) as replies:
                 for record, payload in replies.iter_records():
                     writer.append(record.line, record.kind, payload, record.tokens)
                     if writer.waiting_bytes > _WHOLE_BYTES:
@@ -333,13 +335,7 @@ class LocalSegments:
         paths = self._attempts(batch_id, index)
         if attempt is not None:
             paths = [self._path(batch_id, index, attempt)]
-        readers: list[SegmentReader] = []
-        for path in paths:
-            try:
-                readers.append(SegmentReader(path))
-            except FileNotFoundError:
-                continue  # a newer attempt has taken it over meanwhile and holds the same
-        return SliceReplies(readers)
+        return _read(paths)
 
     def delete(self, batch_id: BatchId) -> None:
         """Delete all segments of a batch."""
@@ -361,6 +357,16 @@ class LocalSegments:
         return sorted((self._root / batch_id).glob(f"{index:08d}.*"))
 
 
+def _read(paths: list[Path]) -> SliceReplies:
+    readers: list[SegmentReader] = []
+    for path in paths:
+        try:
+            readers.append(SegmentReader(path))
+        except FileNotFoundError:
+            continue  # a newer attempt has taken it over meanwhile and holds the same
+    return SliceReplies(readers)
+
+
 def _flush(writer: SegmentWriter) -> None:
     writer.prepare()
     try:
@@ -368,6 +374,15 @@ def _flush(writer: SegmentWriter) -> None:
     except OSError:
         writer.close()
         raise
+
+
+def _sync_folder(path: Path) -> None:
+    """Make the names in a folder survive a loss of power, as `fdatasync` makes the bytes."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _write_all(file: int, data: bytes, offset: int) -> None:

@@ -41,12 +41,16 @@ class GroupCommit(Generic[T, R]):
         self._waiting: list[tuple[T, asyncio.Future[R]]] = []
         self._wake = asyncio.Event()
 
-    async def submit(self, item: T) -> R:
-        """Take part in the next transaction and wait for its end."""
+    def submit(self, item: T) -> asyncio.Future[R]:
+        """Take part in the next transaction, after all that was submitted before.
+
+        Returns:
+            Its result, once that transaction has ended.
+        """
         done: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, done))
         self._wake.set()
-        return await done
+        return done
 
     async def run(self) -> None:
         """Commit until cancelled."""

@@ -4,7 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from penstock.blobs.segments import Kind, LocalSegments
-from penstock.model import Batch
+from penstock.errors import StorageUnavailable
+from penstock.model import FINAL, Batch
 from penstock.store.base import Store
 
 
@@ -19,14 +20,21 @@ class PartialResults:
         """The result lines of a batch that is not final, good and bad, in input order.
 
         Pieces of whole lines, in bounded memory. Each line is one that will stand in the
-        output or error file in the same words.
+        output or error file in the same words. Nothing at all if the batch ended meanwhile.
+
+        Raises:
+            StorageUnavailable: The batch ended after the first piece.
         """
-        after = -1
+        after, has_begun = -1, False
         while page := await self._store.get_slices(batch.id, after=after):
             for piece in page:
                 replies = await asyncio.to_thread(self._segments.read, batch.id, piece.index)
                 with replies:
                     walk = replies.iter_pieces(Kind.OUTPUT, Kind.ERROR)
                     while lines := await asyncio.to_thread(next, walk, b""):
+                        has_begun = True
                         yield lines
             after = page[-1].index
+        if has_begun and (await self._store.get_batch(batch.id)).status in FINAL:
+            # Segments go when a batch ends, so this may lack lines that it should have.
+            raise StorageUnavailable("The batch ended while its results were read; ask again.")

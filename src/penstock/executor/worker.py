@@ -239,15 +239,20 @@ class Worker:
             await self._until_done(held, stop)
             while held.writer.is_dirty:
                 await held.durable.wait()
-            held.is_ending = True
             ends = len(held.writer.lines) == held.slice.requests
+        except Exception:
+            _log.exception("A slice could not be run; it is given back.", slice_id=name)
+            held.abort()
+            ends = False
+        try:
+            held.is_ending = True
             await self._reports.submit(held.report(ends=ends))
         finally:
             self._let_go(held)
 
     async def _take(self, name: SliceId) -> HeldSlice | None:
         """Claim a slice and queue its lines; None if it is not to be had."""
-        if self._stopping.is_set():
+        if self._stopping.is_set() or name in self._held:
             return None
         claimed = await self._claims.submit(name)
         if claimed is None:
@@ -383,7 +388,7 @@ class Worker:
                     reports.append(held.report(ends=None))
             if is_due:
                 extended_at = time.monotonic()
-            await asyncio.gather(*(self._reports.submit(report) for report in reports))
+            await asyncio.gather(*[self._reports.submit(report) for report in reports])
 
     # Lanes
 

@@ -17,7 +17,6 @@ REQUEST = b'{"model":"m","messages":[{"role":"user","content":"Hello."}]}'
 ANSWER = b'{"id":"chatcmpl-1","object":"chat.completion","choices":[]}'
 TIMEOUT_S = 10
 """How long a test waits for what it has caused before it fails."""
-"""How long a connection that nobody wants any more may stay."""
 
 
 class FarSide(Protocol):

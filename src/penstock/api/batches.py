@@ -1,0 +1,128 @@
+"""Batches: create, look up, cancel, read the results."""
+
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import Header, Query, Request, Response
+from fastapi.responses import StreamingResponse
+
+from penstock.api.auth import AskedService, AskingProject
+from penstock.api.bodies import parse_json, read_json
+from penstock.api.wire import BatchRequest, answer, batch_to_wire, list_to_wire
+from penstock.errors import InvalidRequest
+from penstock.model import BatchStatus
+from penstock.store.base import BatchFilter
+
+METADATA_HEADER = "x-tfy-metadata"
+MAX_HEADER_VALUE_CHARS = 128
+_JSONL_TYPES = ("application/jsonl", "application/x-ndjson")
+
+
+async def create_batch(
+    request: Request,
+    service: AskedService,
+    project: AskingProject,
+    x_tfy_metadata: Annotated[str | None, Header()] = None,
+) -> Response:
+    """Create a batch. It is answered at once, in `validating`."""
+    body = await read_json(request, BatchRequest)
+    batch = await service.create_batch(
+        project,
+        input_file_id=body.input_file_id,
+        endpoint=body.endpoint,
+        completion_window=body.completion_window,
+        job_name=body.job_name,
+        metadata=body.metadata,
+        default_metadata=_read_metadata_header(x_tfy_metadata),
+    )
+    return answer(batch_to_wire(batch))
+
+
+async def list_batches(
+    *,
+    request: Request,
+    service: AskedService,
+    project: AskingProject,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    status: BatchStatus | None = None,
+    job_name: str | None = None,
+) -> Response:
+    """List batches, newest first; `metadata[key]=value` shows those that have this pair."""
+    where = BatchFilter(status=status, job_name=job_name, metadata=_asked_metadata(request))
+    listing = await service.list_batches(project, after=after, limit=limit, where=where)
+    data = [batch_to_wire(batch) for batch in listing.items]
+    return answer(list_to_wire(data, has_more=listing.has_more))
+
+
+async def get_batch(batch_id: str, service: AskedService, project: AskingProject) -> Response:
+    """Look up a batch."""
+    return answer(batch_to_wire(await service.get_batch(project, batch_id)))
+
+
+async def cancel_batch(
+    batch_id: str, service: AskedService, project: AskingProject
+) -> Response:
+    """Cancel a batch: nothing new is sent, and what has ended is kept."""
+    # Clients send an empty body under any content type, so it is not looked at.
+    return answer(batch_to_wire(await service.cancel_batch(project, batch_id)))
+
+
+async def get_output(
+    batch_id: str, request: Request, service: AskedService, project: AskingProject
+) -> Response:
+    """Read the results, so far or final: a JSON array, or JSONL if that is accepted."""
+    lines = await service.open_output(project, batch_id)
+    accepted = request.headers.get("accept", "").lower()
+    for media_type in _JSONL_TYPES:
+        if media_type in accepted:
+            return StreamingResponse(lines, media_type=media_type)
+    return StreamingResponse(_as_array(lines), media_type="application/json")
+
+
+async def _as_array(lines: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """JSON Lines in pieces of any size as one JSON array."""
+    yield b"["
+    line_end = b""
+    async for piece in lines:
+        text = line_end + piece
+        # A line's end is held back until it is known that another line follows. In JSONL a
+        # newline is never anything else.
+        line_end = b"\n" if text.endswith(b"\n") else b""
+        yield text.removesuffix(b"\n").replace(b"\n", b",\n")
+    yield b"]"
+
+
+def _asked_metadata(request: Request) -> dict[str, str]:
+    return {
+        name[len("metadata[") : -1]: value
+        for name, value in request.query_params.items()
+        if name.startswith("metadata[") and name.endswith("]")
+    }
+
+
+def _read_metadata_header(text: str | None) -> dict[str, str] | None:
+    if text is None:
+        return None
+    # A header arrives as Latin-1, whatever its bytes were meant to be.
+    value = parse_json(text.encode("latin-1"), what="the header", param=METADATA_HEADER)
+    pairs = _string_pairs(value)
+    if pairs is None:
+        raise InvalidRequest(
+            f"Invalid header '{METADATA_HEADER}': expected a JSON object whose values are "
+            f"strings of up to {MAX_HEADER_VALUE_CHARS} characters.",
+            param=METADATA_HEADER,
+            code="invalid_value",
+        )
+    return pairs
+
+
+def _string_pairs(value: object) -> dict[str, str] | None:
+    if not isinstance(value, dict):
+        return None
+    pairs: dict[str, str] = {}
+    for key, text in value.items():  # pyright: ignore[reportUnknownVariableType]
+        if not isinstance(text, str) or len(text) > MAX_HEADER_VALUE_CHARS:
+            return None
+        pairs[str(key)] = text  # pyright: ignore[reportUnknownArgumentType]
+    return pairs

@@ -1,0 +1,34 @@
+"""Byte ranges of a download (RFC 9110, section 14)."""
+
+import re
+
+_SINGLE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
+
+
+class Unsatisfiable(Exception):
+    """The range begins after the last byte."""
+
+
+def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
+    """Find which bytes of `size` a `Range` header asks for.
+
+    Returns:
+        Offsets of the first byte and after the last one; None if the whole is to be given:
+        there is no header, or it is not a single range in bytes, which a server may ignore.
+
+    Raises:
+        Unsatisfiable: There is no such range in that many bytes.
+    """
+    match = _SINGLE.fullmatch(header.strip()) if header else None
+    if match is None or match[0] == "bytes=-":
+        return None
+    first, last = match[1], match[2]
+    if not first:
+        start, end = max(0, size - int(last)), size
+    else:
+        start, end = int(first), min(int(last) + 1, size) if last else size
+        if last and int(last) < start:
+            return None
+    if start >= size:
+        raise Unsatisfiable
+    return start, end

@@ -1,0 +1,679 @@
+"""The store in SQL: one method, one transaction, written once in SQLAlchemy Core.
+
+What a database does in its own way stands in `sqlite`. A read is one statement and therefore
+sees one moment; a write locks the rows that it decides about before it decides.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from sqlalchemy import (
+    Connection,
+    Executable,
+    RowMapping,
+    Table,
+    and_,
+    bindparam,
+    delete,
+    exists,
+    func,
+    insert,
+    make_url,
+    or_,
+    select,
+    union,
+    update,
+)
+from sqlalchemy.dialects.sqlite import insert as upsert
+from sqlalchemy.sql import ColumnElement
+
+from penstock.errors import Conflict, InvalidSettings, NotFound
+from penstock.model import (
+    FINAL,
+    TRANSITIONS,
+    ApiKey,
+    Batch,
+    BatchId,
+    BatchStatus,
+    File,
+    FileId,
+    Job,
+    JobKind,
+    KeyId,
+    Project,
+    ProjectId,
+    Purpose,
+    Slice,
+    SliceId,
+    SliceStatus,
+)
+from penstock.store import migrations
+from penstock.store.base import (
+    Backlog,
+    BatchChange,
+    BatchFilter,
+    ClaimedSlice,
+    JobSink,
+    Page,
+    SliceReport,
+    SliceTally,
+)
+from penstock.store.rows import (
+    FIGURES,
+    FILE_FIELDS,
+    SLICE_FIELDS,
+    TOKENS,
+    batch_values,
+    change_values,
+    figures_of,
+    file_values,
+    slice_values,
+    to_batch,
+    to_claimed_slice,
+    to_file,
+    to_slice,
+    usage_values,
+)
+from penstock.store.sqlite import SqliteDatabase
+from penstock.store.tables import api_keys, batches, files, projects, slices
+
+T = TypeVar("T")
+
+_MOST_IDS = 1000
+"""How many IDs one statement names; SQLite takes 32,766 values."""
+
+_UNFINISHED = [status for status in BatchStatus if status not in FINAL]
+_CLAIMABLE = [BatchStatus.IN_PROGRESS, BatchStatus.FINALIZING]
+
+
+class SqlStore:
+    """A `Store` in an SQL database.
+
+    Args:
+        url: Where it is, as SQLAlchemy writes it: `sqlite:////folder/penstock.db`. A driver,
+            as in `sqlite+aiosqlite`, makes no difference.
+        jobs: Who takes over the jobs that transactions bring forth; None drops them, as is
+            right where only keys are managed.
+
+    Raises:
+        InvalidSettings: `url` names no file of an SQLite database.
+    """
+
+    def __init__(self, url: str, *, jobs: JobSink | None = None) -> None:
+        place = make_url(url)
+        if place.get_backend_name() != "sqlite" or place.database in (None, "", ":memory:"):
+            raise InvalidSettings(
+                f"The database URL {place.render_as_string()} is none that Penstock can use: "
+                "it must be of the form sqlite:////folder/penstock.db."
+            )
+        self._db = SqliteDatabase(place.set(drivername="sqlite"))
+        self._jobs = jobs
+        self._writes: set[asyncio.Task[Any]] = set()
+
+    async def open(self) -> None:
+        try:
+            await self._write(migrations.upgrade)
+        except Exception:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        await asyncio.gather(*self._writes, return_exceptions=True)
+        await self._db.close()
+
+    async def ping(self) -> None:
+        await self._write(lambda db: db.exec_driver_sql(_TOUCH), durable=False)
+
+    # Projects and keys
+
+    async def ensure_project(self, name: str, *, weight: int | None = None) -> Project:
+        new = {"id": f"proj_{secrets.token_hex(12)}", "name": name, "weight": weight or 1}
+        statement = upsert(projects).values(new)
+        statement = statement.on_conflict_do_update(
+            index_elements=["name"],
+            set_={"weight": projects.c.weight if weight is None else weight},
+        ).returning(*projects.c)
+        row = await self._write(lambda db: db.execute(statement).mappings().one())
+        return Project(**row)
+
+    async def add_key(self, key: ApiKey, *, digest: str) -> None:
+        values = {
+            "id": key.id,
+            "project_id": key.project_id,
+            "digest": digest,
+            "hint": key.hint,
+            "created_at": key.created_at,
+            "revoked_at": key.revoked_at,
+        }
+        statement = upsert(api_keys).values(values)
+        statement = statement.on_conflict_do_update(
+            index_elements=["digest"], set_={"revoked_at": None}
+        )
+        await self._write(lambda db: db.execute(statement))
+
+    async def find_key(self, digest: str) -> ApiKey | None:
+        rows = await self._read(_FIND_KEY, {"digest": digest})
+        return ApiKey(**rows[0]) if rows else None
+
+    async def list_keys(self) -> list[ApiKey]:
+        rows = await self._read(_KEYS.order_by(api_keys.c.seq))
+        return [ApiKey(**row) for row in rows]
+
+    async def revoke_key(self, key_id: KeyId, *, now: int) -> ApiKey:
+        def work(db: Connection) -> ApiKey:
+            db.execute(
+                update(api_keys)
+                .where(api_keys.c.id == key_id, api_keys.c.revoked_at.is_(None))
+                .values(revoked_at=now)
+            )
+            row = db.execute(_KEYS.where(api_keys.c.id == key_id)).mappings().one_or_none()
+            if row is None:
+                raise NotFound(f"No key has the ID '{key_id}'.")
+            return ApiKey(**row)
+
+        return await self._write(work)
+
+    # Files
+
+    async def add_file(self, file: File) -> None:
+        await self._write(lambda db: db.execute(insert(files), file_values(file)))
+
+    async def get_file(self, project_id: ProjectId, file_id: FileId) -> File:
+        rows = await self._read(_GET_FILE, {"project_id": project_id, "id": file_id})
+        if not rows:
+            raise _no_file(file_id)
+        return to_file(rows[0])
+
+    async def list_files(
+        self, project_id: ProjectId, page: Page, *, purpose: Purpose | None, newest_first: bool
+    ) -> list[File]:
+        statement = _FILES.where(
+            files.c.project_id == project_id,
+            *_after(files, project_id, page.after, descending=newest_first),
+        )
+        if purpose is not None:
+            statement = statement.where(files.c.purpose == purpose)
+        order = files.c.seq.desc() if newest_first else files.c.seq
+        rows = await self._read(statement.order_by(order).limit(page.limit))
+        return [to_file(row) for row in rows]
+
+    async def delete_file(self, project_id: ProjectId, file_id: FileId) -> File | None:
+        def work(db: Connection) -> File | None:
+            key = {"project_id": project_id, "id": file_id}
+            row = db.execute(_GET_FILE, key).mappings().one_or_none()
+            if row is None:
+                raise _no_file(file_id)
+            db.execute(delete(files).where(files.c.id == file_id))
+            file = to_file(row)
+            is_used = db.execute(_USED_BLOBS, {"keys": [file.blob_key]}).first()
+            return None if is_used else file
+
+        return await self._write(work)
+
+    async def unused_blobs(self, keys: Collection[str]) -> set[str]:
+        unused = set(keys)
+        for some in _portions(list(keys)):
+            rows = await self._read(_USED_BLOBS, {"keys": some})
+            unused.difference_update(row["blob_key"] for row in rows)
+        return unused
+
+    async def list_expired_files(self, *, now: int, limit: int) -> list[File]:
+        rows = await self._read(_EXPIRED_FILES, {"now": now, "limit": limit})
+        return [to_file(row) for row in rows]
+
+    # Batches
+
+    async def add_batch(self, batch: Batch) -> None:
+        jobs = [
+            Job(kind=JobKind.VALIDATE, id=batch.id),
+            Job(kind=JobKind.EXPIRE, id=batch.id, due_at=batch.expires_at),
+        ]
+
+        def work(db: Connection) -> None:
+            key = {"project_id": batch.project_id, "id": batch.input_file_id}
+            if db.execute(_GET_FILE, key).first() is None:
+                raise _no_file(batch.input_file_id)
+            db.execute(insert(batches), batch_values(batch))
+
+        await self._write(work, jobs=jobs)
+
+    async def get_batch(
+        self, batch_id: BatchId, *, project_id: ProjectId | None = None
+    ) -> Batch:
+        rows = await self._read(_GET_BATCH, {"id": batch_id})
+        if not rows or project_id not in (None, rows[0]["project_id"]):
+            raise _no_batch(batch_id)
+        return to_batch(rows[0])
+
+    async def list_batches(
+        self, project_id: ProjectId, page: Page, *, where: BatchFilter
+    ) -> list[Batch]:
+        shown = select(batches.c.seq).where(
+            batches.c.project_id == project_id,
+            *_after(batches, project_id, page.after, descending=True),
+            *_matches(where),
+        )
+        shown = shown.order_by(batches.c.seq.desc()).limit(page.limit)
+        newest_first = batches.c.seq.desc()
+        rows = await self._read(_BATCHES.where(batches.c.seq.in_(shown)).order_by(newest_first))
+        return [to_batch(row) for row in rows]
+
+    async def list_unfinished(self) -> list[Batch]:
+        return [to_batch(row) for row in await self._read(_LIST_UNFINISHED)]
+
+    async def move_batch(
+        self, batch_id: BatchId, to: BatchStatus, *, now: int, change: BatchChange | None = None
+    ) -> Batch:
+        change = change or BatchChange()
+        jobs: list[Job] = []
+        if to in (BatchStatus.FINALIZING, BatchStatus.CANCELLING):
+            jobs.append(Job(kind=JobKind.FINALIZE, id=batch_id))
+
+        def work(db: Connection) -> Batch:
+            status = db.execute(_LOCK_BATCH, {"id": batch_id}).scalar_one_or_none()
+            if status is None:
+                raise _no_batch(batch_id)
+            if to not in TRANSITIONS[BatchStatus(status)]:
+                raise Conflict(f"Batch '{batch_id}' is {status}: it cannot become {to}.")
+            values = change_values(change) | {"status": to, f"{to}_at": now}
+            if to in FINAL:
+                values = figures_of(_load_batch(db, batch_id)) | values
+            for file in (change.output, change.error):
+                if file is not None:
+                    db.execute(insert(files), file_values(file))
+            if change.slices:
+                db.execute(insert(slices), [slice_values(batch_id, s) for s in change.slices])
+            db.execute(update(batches).where(batches.c.id == batch_id).values(values))
+            return _load_batch(db, batch_id)
+
+        return await self._write(work, jobs=jobs)
+
+    # Slices
+
+    async def list_backlog(self, *, now: int) -> list[Backlog]:
+        rows = await self._read(_LIST_BACKLOG, {"now": now})
+        return [Backlog(**row) for row in rows]
+
+    async def list_pending(self, batch_id: BatchId, *, limit: int) -> list[Slice]:
+        rows = await self._read(_LIST_PENDING, {"batch_id": batch_id, "limit": limit})
+        return [to_slice(row) for row in rows]
+
+    async def get_slices(
+        self, batch_id: BatchId, *, after: int = -1, limit: int = 1000
+    ) -> list[Slice]:
+        key = {"batch_id": batch_id, "after": after, "limit": limit}
+        return [to_slice(row) for row in await self._read(_GET_SLICES, key)]
+
+    async def tally_slices(self, batch_id: BatchId) -> SliceTally:
+        rows = await self._read(_TALLY_SLICES, {"batch_id": batch_id})
+        return SliceTally(**{row["status"]: row["slices"] for row in rows})
+
+    async def claim_slices(
+        self, ids: Sequence[SliceId], *, worker_id: str, lease_s: float, now: float
+    ) -> list[ClaimedSlice]:
+        def work(db: Connection) -> list[ClaimedSlice]:
+            claimed: dict[SliceId, ClaimedSlice] = {}
+            for some in _portions(ids):
+                due = db.execute(_DUE_SLICES, {"ids": some, "now": now}).mappings().all()
+                claims = [to_claimed_slice(row) for row in due]
+                claimed.update((claim.slice.id, claim) for claim in claims)
+            held = {"worker": worker_id, "until": now + lease_s}
+            for some in _portions(list(claimed)):
+                db.execute(_CLAIM_SLICES, {**held, "ids": some})
+            return [claimed.pop(id) for id in ids if id in claimed]
+
+        return await self._write(work)
+
+    async def report_slices(
+        self, reports: Sequence[SliceReport], *, lease_s: float, now: float
+    ) -> set[SliceId]:
+        jobs: list[Job] = []
+
+        def work(db: Connection) -> set[SliceId]:
+            held: dict[SliceId, RowMapping] = {}
+            for some in _portions([report.id for report in reports]):
+                rows = db.execute(_HELD_SLICES, {"ids": some}).mappings()
+                held.update((row["id"], row) for row in rows)
+            lost: set[SliceId] = set()
+            changes: list[dict[str, Any]] = []
+            stopped: set[BatchId] = set()
+            for report in reports:
+                row = held.get(report.id)
+                if row is None or row["attempt"] != report.attempt:
+                    lost.add(report.id)
+                    continue
+                changes.append(_reported(row, report, now + lease_s))
+                if report.ends is not None:
+                    del held[report.id]
+                    stopped.add(row["batch_id"])
+            if changes:
+                db.execute(_REPORT_SLICE, changes)
+            if stopped:
+                left = db.execute(_LEFT_OVER, {"ids": list(stopped)}).mappings()
+                ends = [row["id"] for row in left if _may_end(row, now)]
+                jobs.extend(Job(kind=JobKind.FINALIZE, id=id) for id in ends)
+            return lost
+
+        return await self._write(work, jobs=jobs, durable=False)
+
+    async def reopen_slices(self, ids: Sequence[SliceId]) -> None:
+        def work(db: Connection) -> None:
+            for some in _portions(ids):
+                db.execute(_REOPEN_SLICES, {"ids": some})
+
+        await self._write(work, durable=False)
+
+    async def recover_slices(self) -> int:
+        return await self._write(lambda db: db.execute(_RECOVER_SLICES).rowcount, durable=False)
+
+    async def forget_slices(self, batch_id: BatchId) -> None:
+        key = {"batch_id": batch_id}
+        await self._write(lambda db: db.execute(_FORGET_SLICES, key), durable=False)
+
+    # Transactions
+
+    async def _read(
+        self, statement: Executable, values: Mapping[str, object] | None = None
+    ) -> Sequence[RowMapping]:
+        return await self._db.read(lambda db: db.execute(statement, values).mappings().all())
+
+    async def _write(
+        self,
+        work: Callable[[Connection], T],
+        *,
+        jobs: Sequence[Job] = (),
+        durable: bool = True,
+    ) -> T:
+        """Run `work` as one transaction, then enqueue `jobs`, to which `work` may add.
+
+        A task of its own sees both through when the caller is cancelled: a change without
+        its jobs would leave a batch standing until the next start.
+        """
+        task = asyncio.create_task(self._transact(work, jobs, durable))
+        self._writes.add(task)
+        task.add_done_callback(self._writes.discard)
+        return await asyncio.shield(task)
+
+    async def _transact(
+        self, work: Callable[[Connection], T], jobs: Sequence[Job], durable: bool
+    ) -> T:
+        result = await self._db.write(work, durable=durable)
+        # An engine beside SQLite has no part in the transaction: it learns of it afterwards.
+        if jobs and self._jobs is not None:
+            await self._jobs.enqueue(jobs)
+        return result
+
+
+# Statements, in the order of the methods
+
+_TOUCH = "UPDATE alembic_version SET version_num = version_num"
+
+_KEYS = select(
+    api_keys.c.id,
+    api_keys.c.project_id,
+    projects.c.name.label("project"),
+    api_keys.c.hint,
+    api_keys.c.created_at,
+    api_keys.c.revoked_at,
+).join(projects)
+
+_FIND_KEY = _KEYS.where(
+    api_keys.c.digest == bindparam("digest"), api_keys.c.revoked_at.is_(None)
+)
+
+_FILES = select(*(files.c[name] for name in FILE_FIELDS))
+
+_GET_FILE = _FILES.where(
+    files.c.id == bindparam("id"), files.c.project_id == bindparam("project_id")
+)
+
+_USED_BLOBS = union(
+    select(files.c.blob_key).where(files.c.blob_key.in_(bindparam("keys", expanding=True))),
+    select(batches.c.input_blob_key).where(
+        batches.c.input_blob_key.in_(bindparam("keys", expanding=True)),
+        batches.c.status.in_(_UNFINISHED),
+    ),
+)
+
+_EXPIRED_FILES = (
+    _FILES.where(files.c.expires_at <= bindparam("now"))
+    .order_by(files.c.expires_at)
+    .limit(bindparam("limit"))
+)
+
+
+_BATCHES = (
+    select(
+        batches,
+        func.coalesce(func.sum(slices.c.requests), 0).label("slices_total"),
+        *(
+            func.coalesce(func.sum(slices.c[name]), 0).label(f"slices_{name}")
+            for name in FIGURES
+        ),
+    )
+    .outerjoin(
+        slices, and_(slices.c.batch_id == batches.c.id, batches.c.status.in_(_UNFINISHED))
+    )
+    .group_by(batches.c.seq)
+)
+"""Batches and the sums over their slices, in one statement: between two, a batch might end and
+its slices be forgotten."""
+
+
+_GET_BATCH = _BATCHES.where(batches.c.id == bindparam("id"))
+
+_LIST_UNFINISHED = _BATCHES.where(batches.c.status.in_(_UNFINISHED)).order_by(batches.c.seq)
+
+_LOCK_BATCH = select(batches.c.status).where(batches.c.id == bindparam("id")).with_for_update()
+
+
+def _has_slices(status: SliceStatus) -> ColumnElement[bool]:
+    return (
+        exists()
+        .where(slices.c.batch_id == batches.c.id, slices.c.status == status)
+        .correlate(batches)
+    )
+
+
+_LIST_BACKLOG = (
+    select(
+        batches.c.id.label("batch_id"),
+        batches.c.project_id,
+        projects.c.weight,
+        batches.c.expires_at,
+        batches.c.created_at,
+    )
+    .join(projects)
+    .where(
+        batches.c.status.in_(_CLAIMABLE),
+        or_(
+            batches.c.status == BatchStatus.FINALIZING,
+            batches.c.expires_at > bindparam("now"),
+        ),
+        _has_slices(SliceStatus.PENDING),
+    )
+    .order_by(batches.c.expires_at, batches.c.seq)
+)
+
+_SLICE_COLUMNS = [slices.c[name] for name in (*SLICE_FIELDS, *TOKENS)]
+
+_LIST_PENDING = (
+    select(*_SLICE_COLUMNS)
+    .where(slices.c.batch_id == bindparam("batch_id"), slices.c.status == SliceStatus.PENDING)
+    .order_by(slices.c.index)
+    .limit(bindparam("limit"))
+)
+
+_GET_SLICES = (
+    select(*_SLICE_COLUMNS)
+    .where(slices.c.batch_id == bindparam("batch_id"), slices.c.index > bindparam("after"))
+    .order_by(slices.c.index)
+    .limit(bindparam("limit"))
+)
+
+_TALLY_SLICES = (
+    select(slices.c.status, func.count().label("slices"))
+    .where(slices.c.batch_id == bindparam("batch_id"))
+    .group_by(slices.c.status)
+)
+
+_IS_ONE_OF_THEM = slices.c.id.in_(bindparam("ids", expanding=True))
+
+_DUE_SLICES = (
+    select(
+        *_SLICE_COLUMNS,
+        batches.c.endpoint,
+        batches.c.input_blob_key,
+        batches.c.expires_at,
+    )
+    .join(batches)
+    .where(
+        _IS_ONE_OF_THEM,
+        batches.c.status.in_(_CLAIMABLE),
+        or_(
+            slices.c.status == SliceStatus.PENDING,
+            and_(
+                slices.c.status == SliceStatus.RUNNING,
+                slices.c.lease_expires_at <= bindparam("now"),
+            ),
+        ),
+    )
+    .with_for_update(of=slices, skip_locked=True)
+)
+
+_CLAIM_SLICES = (
+    update(slices)
+    .where(_IS_ONE_OF_THEM)
+    .values(
+        status=SliceStatus.RUNNING,
+        attempt=slices.c.attempt + 1,
+        worker_id=bindparam("worker"),
+        lease_expires_at=bindparam("until"),
+    )
+)
+
+_HELD_SLICES = (
+    select(
+        *(slices.c[name] for name in ("id", "batch_id", "attempt", "worker_id", *FIGURES)),
+    )
+    .where(_IS_ONE_OF_THEM, slices.c.status == SliceStatus.RUNNING)
+    .with_for_update()
+)
+
+_REPORT_SLICE = update(slices).where(
+    slices.c.id == bindparam("of_slice"), slices.c.attempt == bindparam("by_attempt")
+)
+
+_LEFT_OVER = select(
+    batches.c.id,
+    batches.c.status,
+    batches.c.expires_at,
+    _has_slices(SliceStatus.PENDING).label("has_pending"),
+    _has_slices(SliceStatus.RUNNING).label("has_running"),
+).where(batches.c.id.in_(bindparam("ids", expanding=True)))
+
+_REOPEN_SLICES = (
+    update(slices)
+    .where(_IS_ONE_OF_THEM, slices.c.status == SliceStatus.ENDED)
+    .values(status=SliceStatus.PENDING)
+)
+
+_RECOVER_SLICES = (
+    update(slices)
+    .where(slices.c.status == SliceStatus.RUNNING)
+    .values(status=SliceStatus.PENDING, worker_id=None, lease_expires_at=None)
+)
+
+_FORGET_SLICES = delete(slices).where(
+    slices.c.batch_id == bindparam("batch_id"),
+    exists().where(batches.c.id == slices.c.batch_id, batches.c.status.in_(FINAL)),
+)
+
+
+# Rules
+
+
+def _may_end(batch: RowMapping, now: float) -> bool:
+    """Whether a batch of which a slice has just stopped is to be looked at by its finalizer."""
+    if batch["has_running"]:
+        return False
+    match BatchStatus(batch["status"]):
+        case BatchStatus.CANCELLING:
+            return True
+        case BatchStatus.IN_PROGRESS | BatchStatus.FINALIZING:
+            return not batch["has_pending"] or batch["expires_at"] <= now
+        case _:
+            return False
+
+
+def _reported(row: RowMapping, report: SliceReport, lease_expires_at: float) -> dict[str, Any]:
+    """What a report makes of a slice."""
+    match report.ends:
+        case None:
+            lease = {
+                "status": SliceStatus.RUNNING,
+                "worker_id": row["worker_id"],
+                "lease_expires_at": lease_expires_at,
+            }
+        case ends:
+            status = SliceStatus.ENDED if ends else SliceStatus.PENDING
+            lease = {"status": status, "worker_id": None, "lease_expires_at": None}
+    figures = {name: row[name] for name in FIGURES}
+    # An attempt that knows of fewer replies than were counted has lost some: it will catch up.
+    if report.completed + report.failed >= row["completed"] + row["failed"]:
+        figures = {"completed": report.completed, "failed": report.failed}
+        figures |= usage_values(report.usage)
+    key = {"of_slice": report.id, "by_attempt": report.attempt}
+    return key | lease | figures
+
+
+# Conditions
+
+
+def _has_metadata(key: str, value: str) -> ColumnElement[bool]:
+    # A JSON path cannot name every key: SQLite knows no way to write a quote in one.
+    entry = func.json_each(batches.c.metadata).table_valued("key", "value")
+    return exists().select_from(entry).where(entry.c.key == key, entry.c.value == value)
+
+
+def _portions(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """The items in runs that one statement can name."""
+    for start in range(0, len(items), _MOST_IDS):
+        yield items[start : start + _MOST_IDS]
+
+
+def _after(
+    table: Table, project_id: ProjectId, after: str | None, *, descending: bool
+) -> list[ColumnElement[bool]]:
+    """The condition that a page begins after an ID; nothing is after one that is not there."""
+    if after is None:
+        return []
+    place = (
+        select(table.c.seq)
+        .where(table.c.id == after, table.c.project_id == project_id)
+        .scalar_subquery()
+    )
+    return [table.c.seq < place if descending else table.c.seq > place]
+
+
+def _matches(where: BatchFilter) -> list[ColumnElement[bool]]:
+    conditions = [_has_metadata(key, value) for key, value in where.metadata.items()]
+    if where.status is not None:
+        conditions.append(batches.c.status == where.status)
+    if where.job_name is not None:
+        conditions.append(batches.c.job_name == where.job_name)
+    return conditions
+
+
+def _no_file(file_id: FileId) -> NotFound:
+    return NotFound(f"No such File object: {file_id}", param="id")
+
+
+def _no_batch(batch_id: BatchId) -> NotFound:
+    return NotFound(f"No batch found with id '{batch_id}'.")
+
+
+def _load_batch(db: Connection, batch_id: BatchId) -> Batch:
+    return to_batch(db.execute(_GET_BATCH, {"id": batch_id}).mappings().one())

@@ -1,0 +1,171 @@
+"""The tables, as SQLite and PostgreSQL both take them.
+
+A table refuses nonsense itself: a lease without a worker, more replies than requests, a final
+batch without its time. Times are numbers, Unix seconds. `migrations` builds the same tables
+step by step, and a test holds the two together.
+
+`seq` is the order of creation, by which lists are paged: an insert moves no page, and two
+objects of one second have an order.
+"""
+
+from enum import StrEnum
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+)
+
+from penstock.model import BatchStatus, SliceStatus
+
+NAMING = {
+    "pk": "pk_%(table_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+}
+"""Each constraint has a name, so that a migration can name it."""
+
+metadata = MetaData(naming_convention=NAMING)
+
+# SQLite gives a key of its own only to a column that is called INTEGER.
+Seq = BigInteger().with_variant(Integer(), "sqlite")
+
+
+def _one_of(name: str, statuses: type[StrEnum]) -> CheckConstraint:
+    values = ", ".join(f"'{status}'" for status in statuses)
+    return CheckConstraint(f"{name} IN ({values})", name=name)
+
+
+def _tokens() -> list[Column[int]]:
+    """The figures of a `Usage`, under its names."""
+    names = (
+        "input_tokens",
+        "cached_tokens",
+        "output_tokens",
+        "reasoning_tokens",
+        "total_tokens",
+    )
+    return [Column(name, BigInteger, nullable=False, default=0) for name in names]
+
+
+projects = Table(
+    "projects",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("weight", Integer, nullable=False),
+    CheckConstraint("weight >= 1", name="weight"),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("seq", Seq, primary_key=True),
+    Column("id", Text, nullable=False, unique=True),
+    Column("project_id", Text, ForeignKey("projects.id"), nullable=False),
+    Column("digest", Text, nullable=False, unique=True),
+    Column("hint", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("revoked_at", BigInteger),
+)
+
+files = Table(
+    "files",
+    metadata,
+    Column("seq", Seq, primary_key=True),
+    Column("id", Text, nullable=False, unique=True),
+    Column("project_id", Text, ForeignKey("projects.id"), nullable=False),
+    Column("purpose", Text, nullable=False),
+    Column("filename", Text, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("sha256", Text, nullable=False),
+    Column("blob_key", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger),
+    CheckConstraint("bytes >= 0", name="bytes"),
+    Index("ix_files_project", "project_id", "seq"),
+    Index("ix_files_blob", "blob_key"),
+    Index("ix_files_expiry", "expires_at"),
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("seq", Seq, primary_key=True),
+    Column("id", Text, nullable=False, unique=True),
+    Column("project_id", Text, ForeignKey("projects.id"), nullable=False),
+    Column("status", Text, nullable=False),
+    Column("endpoint", Text, nullable=False),
+    # No foreign keys to files: a batch outlives the deletion of each of its three.
+    Column("input_file_id", Text, nullable=False),
+    Column("input_blob_key", Text, nullable=False),
+    Column("output_file_id", Text),
+    Column("error_file_id", Text),
+    Column("completion_window", Text, nullable=False),
+    Column("job_name", Text),
+    Column("metadata", JSON(none_as_null=True)),
+    Column("model", Text),
+    Column("faults", JSON, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+    Column("in_progress_at", BigInteger),
+    Column("finalizing_at", BigInteger),
+    Column("completed_at", BigInteger),
+    Column("failed_at", BigInteger),
+    Column("expired_at", BigInteger),
+    Column("cancelling_at", BigInteger),
+    Column("cancelled_at", BigInteger),
+    # Frozen when the batch ends; until then its slices know better.
+    Column("total", BigInteger, nullable=False),
+    Column("completed", BigInteger, nullable=False),
+    Column("failed", BigInteger, nullable=False),
+    *_tokens(),
+    _one_of("status", BatchStatus),
+    CheckConstraint("completed >= 0 AND failed >= 0", name="counts"),
+    CheckConstraint("completed + failed <= total", name="total"),
+    CheckConstraint("(status = 'completed') = (completed_at IS NOT NULL)", name="completed"),
+    CheckConstraint("(status = 'failed') = (failed_at IS NOT NULL)", name="failed"),
+    CheckConstraint("(status = 'expired') = (expired_at IS NOT NULL)", name="expired"),
+    CheckConstraint("(status = 'cancelled') = (cancelled_at IS NOT NULL)", name="cancelled"),
+    Index("ix_batches_project", "project_id", "seq"),
+    Index("ix_batches_status", "status", "seq"),
+    Index("ix_batches_input_blob", "input_blob_key"),
+)
+
+slices = Table(
+    "slices",
+    metadata,
+    Column("batch_id", Text, ForeignKey("batches.id"), primary_key=True),
+    Column("index", Integer, primary_key=True, autoincrement=False),
+    # Both in one, for SQLite searches no index for a list of pairs.
+    Column("id", Text, nullable=False, unique=True),
+    Column("start", BigInteger, nullable=False),
+    Column("end", BigInteger, nullable=False),
+    Column("first_line", BigInteger, nullable=False),
+    Column("requests", Integer, nullable=False),
+    Column("models", JSON, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("worker_id", Text),
+    Column("lease_expires_at", Double),
+    Column("completed", Integer, nullable=False),
+    Column("failed", Integer, nullable=False),
+    *_tokens(),
+    _one_of("status", SliceStatus),
+    CheckConstraint('0 <= "start" AND "start" < "end"', name="range"),
+    CheckConstraint('"index" >= 0 AND first_line >= 1 AND requests >= 1', name="place"),
+    CheckConstraint("attempt >= 0 AND completed >= 0 AND failed >= 0", name="counts"),
+    CheckConstraint("completed + failed <= requests", name="requests"),
+    CheckConstraint("(status = 'running') = (worker_id IS NOT NULL)", name="worker"),
+    CheckConstraint("(status = 'running') = (lease_expires_at IS NOT NULL)", name="lease"),
+    Index("ix_slices_status", "batch_id", "status", "index"),
+)
