@@ -27,7 +27,7 @@ def service_s(process: harness.Process, source: Path, target: Path, lines: int) 
     """Seconds for upload, create, wait and download."""
     client = harness.Client(process)
     started = time.perf_counter()
-    batch = client.wait(client.create(client.upload(source)))
+    batch = client.wait(client.create(client.upload(source)), every_s=0.05)
     client.download(batch["output_file_id"], target)
     taken = time.perf_counter() - started
     assert batch["request_counts"]["completed"] == lines, batch

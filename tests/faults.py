@@ -122,7 +122,7 @@ FAULTS = [
         "ends = len(held.writer.lines) == held.slice.requests",
         "ends = True",
         RUNNING,
-        "grace_time or window_closes",
+        "restart_goes_on",
     ),
     Fault(
         "worker: a slice ends before its replies are durable",
@@ -130,7 +130,7 @@ FAULTS = [
         "while held.writer.is_dirty:",
         "while False:",
         RUNNING,
-        "input_order or byte_for_byte",
+        "on_the_disk",
     ),
     Fault(
         "worker: a stop is not passed on",

@@ -51,6 +51,8 @@ _log = structlog.get_logger()
 DEFAULT_PROJECT = "default"
 _FILE_LIFE_S = 30 * 86400
 """How long input and result files are kept, as OpenAI keeps them."""
+_GARBAGE = 20_000
+"""After how many new objects the collector looks for cycles; lines leave none behind."""
 _DRAIN_S = 5.0
 """How long the end of a process may take beyond the grace time of its settings."""
 
@@ -156,6 +158,7 @@ async def serve(settings: Settings, *, announce: Callable[[str, App], None]) -> 
         announce: Called with the API's address once it answers.
     """
     raise_file_limit()
+    await _migrate_apart(settings.data_dir)
     async with open_app(settings) as app:
         open_project = None if settings.server.auth else app.project_id
         api = create_api(app.service, app.health, open_project=open_project)
@@ -182,6 +185,7 @@ async def serve(settings: Settings, *, announce: Callable[[str, App], None]) -> 
                 # What lives now lives long: the collector need not walk it again and again.
                 gc.collect()
                 gc.freeze()
+                gc.set_threshold(_GARBAGE)
                 announce(server.address(), app)
             await serving
         finally:
@@ -211,6 +215,23 @@ def raise_file_limit() -> None:
     """Allow as many open files as the system lets us: connections and segments need them."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+async def _migrate_apart(data_dir: Path) -> None:
+    """Make a new database in a process of its own, whose memory goes with it.
+
+    What goes wrong is left to `open_app`, which does it again and can say it.
+    """
+    with contextlib.suppress(OSError):
+        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not (data_dir / "penstock.db").exists():
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "penstock.store.migrations", store_url(data_dir)),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.DEVNULL,
+            )
+            await process.wait()
 
 
 @contextlib.contextmanager
@@ -363,5 +384,4 @@ def run_server(settings: Settings) -> None:
     def announce(address: str, app: App) -> None:
         print(greeting(address, app, settings), flush=True)
 
-    sys.setswitchinterval(0.001)
     uvloop.run(serve(settings, announce=announce))

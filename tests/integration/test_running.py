@@ -444,7 +444,8 @@ async def test_a_line_that_fails_after_the_cancel_is_not_tried_again(
     data_dir: Path, upstream: ScriptedUpstream
 ) -> None:
     go = asyncio.Event()
-    upstream.behave = script({"a": hold(fail(503), until=go)})
+    busy = fail(503, headers={"Retry-After": "60"})
+    upstream.behave = script({"a": hold(busy, until=go)})
     async with Bench(data_dir, upstream, worker={"slice_requests": 1}) as bench:
         batch = await bench.create("a", "b")
         await bench.wait_until_slices_ended(batch, 1)
@@ -908,6 +909,31 @@ async def test_a_full_disk_stops_the_sending_and_room_lets_it_go_on(
     assert ids(output) == names
     assert errors == []
     assert Counter(prompts(upstream)) == Counter(names)
+
+
+async def test_a_batch_does_not_end_before_its_replies_are_on_the_disk(
+    tmp_path: Path, data_dir: Path, upstream: ScriptedUpstream
+) -> None:
+    with small_disk(tmp_path, bytes=1 << 20) as disk:
+        data_dir.mkdir()
+        (disk.path / "segments").mkdir()
+        (data_dir / "segments").symlink_to(disk.path / "segments")
+        disk.fill()
+        async with Bench(data_dir, upstream) as bench:
+            batch = await bench.create("a", "b")
+
+            async def is_noticed() -> bool:
+                return "storage" in bench.app.health.faults()
+
+            await until(is_noticed)
+            disk.make_room()
+            ended = await bench.wait_until_ended(batch)
+
+            output, _ = await bench.results(batch)
+            assert bench.app.health.faults() == {}
+    assert ended.status is BatchStatus.COMPLETED
+    assert ids(output) == ["a", "b"]
+    assert Counter(prompts(upstream)) == Counter("ab")
 
 
 async def test_result_files_wait_for_room_on_a_full_disk(

@@ -3,9 +3,9 @@
 A segment is a file `<batch>/<index>.<attempt>` of records. A record is a header of fixed size
 and a payload, the reply as it will stand in the output or error file:
 
-    magic u16 · kind u8 · spare u8 · line u32 · length u32 · crc u32 · five token counts u32
+    crc u32 · magic u16 · kind u8 · spare u8 · line u32 · length u32 · five token counts u32
 
-The checksum covers header and payload. Reading ends at the first record that is not whole, so
+The checksum covers all that follows it, header and payload. Reading ends at the first record that is not whole, so
 a write that was torn anywhere, or a tail of zeros after a loss of power, costs only itself.
 
 Every attempt writes a file of its own and starts it with what earlier attempts kept. So a
@@ -23,9 +23,10 @@ from pathlib import Path
 
 from penstock.model import BatchId, Usage
 
-_HEADER = struct.Struct("<HBxIII5I")
-_HEAD = struct.Struct("<HBxII")
-_TOKENS = struct.Struct("<5I")
+_HEADER = struct.Struct("<IHBxII5I")
+_CHECKED = struct.Struct("<HBxII5I")
+"""What of the header follows the checksum."""
+_CRC_BYTES = 4
 _MAGIC = 0x5053
 _MAX_TOKENS = 0xFFFFFFFF
 _READ_BYTES = 1 << 20
@@ -53,9 +54,12 @@ class Tally:
             self.completed += 1
         else:
             self.failed += 1
-        if any(tokens):
-            for place, value in enumerate(tokens):
-                self.usage[place] += value
+        usage = self.usage
+        usage[0] += tokens[0]
+        usage[1] += tokens[1]
+        usage[2] += tokens[2]
+        usage[3] += tokens[3]
+        usage[4] += tokens[4]
 
     def copy(self) -> "Tally":
         return Tally(self.completed, self.failed, self.usage.copy())
@@ -89,10 +93,10 @@ def pack(line: int, kind: Kind, payload: bytes, tokens: tuple[int, ...]) -> byte
         line: The request's line in the input file, from 1.
         tokens: input, cached, output, reasoning and total tokens; cut at 2^32 - 1.
     """
-    head = _HEAD.pack(_MAGIC, kind, line, len(payload))
-    counts = _TOKENS.pack(*(min(value, _MAX_TOKENS) for value in tokens))
-    crc = zlib.crc32(payload, zlib.crc32(counts, zlib.crc32(head)))
-    return head + crc.to_bytes(4, "little") + counts
+    if max(tokens) > _MAX_TOKENS:
+        tokens = tuple(min(value, _MAX_TOKENS) for value in tokens)
+    checked = _CHECKED.pack(_MAGIC, kind, line, len(payload), *tokens)
+    return zlib.crc32(payload, zlib.crc32(checked)).to_bytes(_CRC_BYTES, "little") + checked
 
 
 class SegmentWriter:
@@ -195,12 +199,11 @@ class SegmentReader:
         offset = 0
         while offset + _HEADER.size <= self._size:
             header = self._at(offset, _HEADER.size)
-            magic, kind, line, length, crc, *tokens = _HEADER.unpack(header)
+            crc, magic, kind, line, length, *tokens = _HEADER.unpack(header)
             start = offset + _HEADER.size
             if magic != _MAGIC or kind > Kind.ERROR or start + length > self._size:
                 return
-            checked = zlib.crc32(header[16:], zlib.crc32(header[:12]))
-            if self._checksum(start, length, checked) != crc:
+            if self._checksum(start, length, zlib.crc32(header[_CRC_BYTES:])) != crc:
                 return
             yield Record(line, Kind(kind), start, length, tuple(tokens))
             offset = start + length
@@ -308,6 +311,8 @@ class LocalSegments:
             OSError: The disk is full or fails; call it again for the same attempt.
         """
         path = self._path(batch_id, index, attempt)
+        if attempt == 1:
+            return SegmentWriter(path)  # nothing can be there yet
         path.unlink(missing_ok=True)
         # By name: an attempt that opens late must not take what a newer one has.
         earlier = [each for each in self._attempts(batch_id, index) if each.name < path.name]

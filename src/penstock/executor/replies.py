@@ -4,7 +4,7 @@ The four keys are OpenAI's. An upstream's body goes into the line as it came, wi
 exception: a raw line end, which JSON allows between tokens, becomes a space.
 """
 
-import os
+from random import getrandbits
 from typing import Any
 
 import msgspec
@@ -45,9 +45,10 @@ def reply_line(custom_id: str, reply: Reply) -> tuple[Kind, bytes]:
     body = reply.body if kind is Kind.OUTPUT else _error_body(reply)
     if b"\n" in body or b"\r" in body:
         body = body.replace(b"\r", b" ").replace(b"\n", b" ")
-    request_id = _encode(reply.request_id or f"req_{os.urandom(16).hex()}")
+    name = b"%032x" % getrandbits(128)
+    request_id = _encode(reply.request_id) if reply.request_id else b'"req_%b"' % name
     start = b'{"id":"batch_req_%b","custom_id":%b,"response":{"status_code":%d,' % (
-        os.urandom(16).hex().encode(),
+        name,
         _encode(custom_id),
         reply.status_code,
     )
@@ -59,7 +60,7 @@ def error_line(custom_id: str, code: str, message: str) -> bytes:
     return (
         _encode(
             {
-                "id": f"batch_req_{os.urandom(16).hex()}",
+                "id": f"batch_req_{getrandbits(128):032x}",
                 "custom_id": custom_id,
                 "response": None,
                 "error": {"code": code, "message": message},

@@ -48,10 +48,10 @@ class WorkerOptions:
     """How long lines in flight may go on after a cancel."""
     shutdown_grace_s: float
     """How long lines in flight may go on after a stop."""
-    held_bytes: int = 64 << 20
+    held_bytes: int = 16 << 20
     """How many bytes of unsent bodies are held at most, plus one slice."""
-    lines_ahead: int = 512
-    """How many lines a lane keeps ready beyond those in flight."""
+    lines_ahead: int = 1024
+    """With fewer lines than this ready to be sent, a lane is given another slice."""
 
 
 class HeldSlice:
@@ -273,10 +273,7 @@ class Worker:
     async def _fill(self, held: HeldSlice, blob_key: str) -> None:
         """Open the slice's segment, read its lines and queue those without a reply."""
         piece = held.slice
-        open_segment = self._segments.open
-        held.writer = await self._persist(
-            lambda: asyncio.to_thread(open_segment, piece.batch_id, piece.index, piece.attempt)
-        )
+        held.writer = await self._persist(lambda: self._open_segment(piece))
         data = await self._persist(
             lambda: self._blobs.get_range(blob_key, piece.start, piece.end)
         )
@@ -293,6 +290,13 @@ class Worker:
         else:
             for line in missing:
                 held.drop(line)
+
+    async def _open_segment(self, piece: Slice) -> SegmentWriter:
+        if piece.attempt == 1:  # which touches no disk, so a thread would only cost time
+            return self._segments.open(piece.batch_id, piece.index, 1)
+        return await asyncio.to_thread(
+            self._segments.open, piece.batch_id, piece.index, piece.attempt
+        )
 
     def _queue(self, held: HeldSlice, lines: list[RequestLine]) -> None:
         by_lane: dict[str, list[RequestLine]] = {}
