@@ -38,7 +38,7 @@ from penstock.executor.upkeep import keep_up, recover
 from penstock.executor.worker import Worker, WorkerOptions
 from penstock.keys import key_digest, key_hint, new_key
 from penstock.model import ApiKey, JobKind, KeyId, ProjectId
-from penstock.places import KEY_FILE
+from penstock.places import KEY_FILE, database_path, store_url
 from penstock.service import Service, ServiceLimits
 from penstock.settings import Settings
 from penstock.store.sql import SqlStore
@@ -69,9 +69,9 @@ class App:
     """The key that this start made; None if there was one."""
 
 
-def store_url(data_dir: Path) -> str:
-    """Where the state of a data directory lies."""
-    return f"sqlite+aiosqlite:///{data_dir.absolute() / 'penstock.db'}"
+def make_data_dir(data_dir: Path) -> None:
+    """Make a data directory that is not there, for nobody else to look into."""
+    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
 
 
 @contextlib.asynccontextmanager
@@ -222,23 +222,24 @@ async def _migrate_apart(data_dir: Path) -> None:
 
     What goes wrong is left to `open_app`, which does it again and can say it.
     """
+    if database_path(data_dir).exists():
+        return
     with contextlib.suppress(OSError):
-        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not (data_dir / "penstock.db").exists():
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "penstock.store.migrations", store_url(data_dir)),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.DEVNULL,
-            )
-            await process.wait()
+        make_data_dir(data_dir)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "penstock.store.migrations", store_url(data_dir)),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        await process.wait()
 
 
 @contextlib.contextmanager
 def _owned(data_dir: Path) -> Generator[None]:
     """Hold a data directory for this process alone; the system lets go of it at its end."""
     try:
-        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_data_dir(data_dir)
         lock = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise InvalidSettings(

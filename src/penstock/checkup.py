@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from penstock.errors import PenstockError, UpstreamDown
+from penstock.places import database_path, store_url
 from penstock.settings import Settings, Upstream
 from penstock.store.sql import SqlStore
 from penstock.upstream.openai_http import OpenAIHttpUpstream
@@ -136,11 +137,6 @@ async def check_upstream(settings: Upstream) -> Finding:
     return Finding(what, Verdict.OK, f"It answers and serves {names}{more}.")
 
 
-def database_path(data_dir: Path) -> Path:
-    """Where the database of a data directory is."""
-    return data_dir.absolute() / "penstock.db"
-
-
 def has_database(data_dir: Path) -> bool:
     """Whether a data directory was used before."""
     return database_path(data_dir).exists()
@@ -149,7 +145,7 @@ def has_database(data_dir: Path) -> bool:
 @contextlib.asynccontextmanager
 async def open_store(data_dir: Path) -> AsyncGenerator[SqlStore]:
     """The database of a data directory, brought to this version's schema."""
-    store = SqlStore(f"sqlite+aiosqlite:///{database_path(data_dir)}", jobs=None)
+    store = SqlStore(store_url(data_dir), jobs=None)
     try:
         await store.open()
         yield store

@@ -97,3 +97,13 @@ def find_key(data_dir: Path | None) -> str | None:
 def _named(variable: str) -> Path | None:
     value = os.environ.get(variable)
     return Path(value) if value else None
+
+
+def database_path(data_dir: Path) -> Path:
+    """Where the database of a data directory is."""
+    return data_dir.absolute() / "penstock.db"
+
+
+def store_url(data_dir: Path) -> str:
+    """The same as a database URL."""
+    return f"sqlite:///{database_path(data_dir)}"

@@ -75,7 +75,7 @@ class Server:
     """The application on a free port, in a thread of its own."""
 
     def __init__(self, folder: Path, *, open_project: str | None = None) -> None:
-        self.store = SqlStore(f"sqlite+aiosqlite:///{folder / 'penstock.db'}")
+        self.store = SqlStore(f"sqlite:///{folder / 'penstock.db'}")
         self.blobs = ObjectBlobs(folder / "blobs")
         self.blob_folder = folder / "blobs"
         self.segments = LocalSegments(folder / "segments")

@@ -108,7 +108,7 @@ class World:
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
-    store = RacedStore(f"sqlite+aiosqlite:///{tmp_path / 'penstock.db'}")
+    store = RacedStore(f"sqlite:///{tmp_path / 'penstock.db'}")
     await store.open()
     blobs = ObjectBlobs(tmp_path / "blobs")
     service = Service(

@@ -45,7 +45,7 @@ def jobs() -> RecordedJobs:
 
 @pytest.fixture
 async def store(path: Path, jobs: RecordedJobs) -> AsyncIterator[SqlStore]:
-    store = SqlStore(f"sqlite+aiosqlite:///{path}", jobs=jobs)
+    store = SqlStore(f"sqlite:///{path}", jobs=jobs)
     await store.open()
     yield store
     await store.close()

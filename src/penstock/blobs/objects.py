@@ -57,10 +57,19 @@ class ObjectBlobs:
                 max_concurrency=_PARTS_IN_FLIGHT,
                 use_multipart=True,
             )
-            await asyncio.to_thread(self._sync, key)
         except (BaseError, OSError) as error:
             if source_error is not None:
                 raise source_error from None
+            raise StorageUnavailable(
+                f"The storage did not take a file: {_cause(error)}."
+            ) from error
+        try:
+            await asyncio.to_thread(self._sync, key)
+        except asyncio.CancelledError:
+            (self._root / key).unlink(missing_ok=True)
+            raise
+        except OSError as error:
+            (self._root / key).unlink(missing_ok=True)
             raise StorageUnavailable(
                 f"The storage did not take a file: {_cause(error)}."
             ) from error

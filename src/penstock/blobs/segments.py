@@ -5,8 +5,9 @@ and a payload, the reply as it will stand in the output or error file:
 
     crc u32 · magic u16 · kind u8 · spare u8 · line u32 · length u32 · five token counts u32
 
-The checksum covers all that follows it, header and payload. Reading ends at the first record that is not whole, so
-a write that was torn anywhere, or a tail of zeros after a loss of power, costs only itself.
+The checksum covers all that follows it, header and payload. Reading ends at the first record
+that is not whole, so a write that was torn anywhere, or a tail of zeros after a loss of power,
+costs only itself.
 
 Every attempt writes a file of its own and starts it with what earlier attempts kept. So a
 late writer, whose slice was claimed anew, writes where nobody looks any more.

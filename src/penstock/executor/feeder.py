@@ -150,6 +150,11 @@ class Feeder:
     def _forget_the_gone(self) -> None:
         """Forget finished batches, and start newcomers beside the project that had least."""
         self._next = {batch_id: self._next.get(batch_id, deque()) for batch_id in self._backlog}
+        for name in [
+            n for n, piece in self._handed.items() if piece.batch_id not in self._backlog
+        ]:
+            # It was cancelled with its batch before a worker saw it, or is being taken in.
+            self.hold(name)
         present = {batch.project_id for batch in self._backlog.values()}
         least = min((self._strides[p] for p in present if p in self._strides), default=0.0)
         self._strides = {p: self._strides.get(p, least) for p in present}

@@ -8,6 +8,9 @@ _PASSING_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522,
 """HTTP answers that another attempt may not get. A 400, a 401 or a 404 stays what it is: a
 wrong model name fails in seconds, not after a day of attempts."""
 
+_DOUBLINGS = 64
+"""More of them than any wait needs, and few enough for a float."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
@@ -41,7 +44,7 @@ class RetryPolicy:
         """
         if reply.is_success or attempt >= self.max_attempts or not may_pass(reply):
             return None
-        wait = min(self.first_wait_s * 2.0 ** (attempt - 1), self.max_wait_s)
+        wait = min(self.first_wait_s * 2.0 ** min(attempt - 1, _DOUBLINGS), self.max_wait_s)
         if reply.retry_after_s is not None:
             wait = max(wait, min(reply.retry_after_s, self.max_retry_after_s))
         wait *= 1 + jitter / 4

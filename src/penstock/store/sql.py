@@ -92,8 +92,7 @@ class SqlStore:
     """A `Store` in an SQL database.
 
     Args:
-        url: Where it is, as SQLAlchemy writes it: `sqlite:////folder/penstock.db`. A driver,
-            as in `sqlite+aiosqlite`, makes no difference.
+        url: Where it is, as SQLAlchemy writes it: `sqlite:////folder/penstock.db`.
         jobs: Who takes over the jobs that transactions bring forth; None drops them, as is
             right where only keys are managed.
 
