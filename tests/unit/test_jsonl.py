@@ -114,6 +114,9 @@ def test_every_endpoint_takes_a_body_that_has_what_it_requires(endpoint: Any) ->
             request("a").replace(b"\n", b"\r\n") + request("b").replace(b"\n", b"\r\n"),
             id="CRLF",
         ),
+        pytest.param(
+            request("a").replace(b", ", b",\r") + request("b"), id="carriage return as space"
+        ),
         pytest.param(request("a") + request("b")[:-1], id="no final line end"),
         pytest.param(
             b"\n \n" + request("a") + b"\t\r\n\n" + request("b") + b"\n\n", id="blank"

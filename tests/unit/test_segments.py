@@ -55,7 +55,7 @@ def read(segments: LocalSegments, *, attempt: int | None = None) -> dict[int, by
         return {record.line: text for record, text in replies.iter_records()}
 
 
-def file_of(segments: LocalSegments, folder: Path) -> Path:
+def file_of(folder: Path) -> Path:
     """The one segment that is there."""
     [path] = [path for path in folder.rglob("*") if path.is_file()]
     return path
@@ -85,6 +85,19 @@ def test_what_was_not_flushed_is_not_there(segments: LocalSegments) -> None:
 
     assert set(read(segments)) == {1, 2}
     assert writer.is_dirty
+    writer.close()
+
+
+def test_what_is_durable_is_not_written_again(segments: LocalSegments, tmp_path: Path) -> None:
+    writer = segments.open(BATCH, 0, 1)
+    keep(writer, 1)
+    size = file_of(tmp_path).stat().st_size
+
+    writer.prepare()
+    writer.flush()
+
+    assert not writer.is_dirty
+    assert file_of(tmp_path).stat().st_size == size
     writer.close()
 
 
@@ -195,9 +208,9 @@ def test_a_write_torn_at_any_byte_costs_only_itself(
     path = tmp_path / "segments"
     for line in (1, 2, 3):
         keep(writer, line)
-        ends.append(file_of(segments, path).stat().st_size)
+        ends.append(file_of(path).stat().st_size)
     writer.close()
-    file = file_of(segments, path)
+    file = file_of(path)
     whole = file.read_bytes()
 
     for size in range(len(whole) + 1):
@@ -210,7 +223,7 @@ def test_a_tail_of_zeros_is_no_reply(segments: LocalSegments, tmp_path: Path) ->
     writer = segments.open(BATCH, 0, 1)
     keep(writer, 1, 2)
     writer.close()
-    file = file_of(segments, tmp_path / "segments")
+    file = file_of(tmp_path / "segments")
     whole = file.read_bytes()
 
     for zeros in (1, 31, 32, 33, 36, 4096):
@@ -223,7 +236,7 @@ def test_a_write_of_which_only_the_length_reached_the_disk_is_no_reply(
 ) -> None:
     writer = segments.open(BATCH, 0, 1)
     keep(writer, 1)
-    file = file_of(segments, tmp_path / "segments")
+    file = file_of(tmp_path / "segments")
     before = file.stat().st_size
     keep(writer, 2)
     writer.close()
@@ -237,7 +250,7 @@ def test_a_write_of_which_only_the_length_reached_the_disk_is_no_reply(
 def test_a_flipped_bit_anywhere_is_found(segments: LocalSegments, tmp_path: Path) -> None:
     writer = segments.open(BATCH, 0, 1)
     keep(writer, 1)
-    file = file_of(segments, tmp_path / "segments")
+    file = file_of(tmp_path / "segments")
     first = file.stat().st_size
     keep(writer, 2, 3)
     writer.close()
@@ -261,7 +274,7 @@ def test_damage_to_a_large_segment_is_found_too(
     text = "x" * (3 * MB)
     keep(writer, 1, 2, 3, text=text)
     writer.close()
-    file = file_of(segments, tmp_path / "segments")
+    file = file_of(tmp_path / "segments")
     assert list(read(segments)) == [1, 2, 3]
 
     with file.open("r+b") as damaged:
@@ -280,7 +293,7 @@ def test_what_follows_a_torn_tail_is_taken_over_by_the_next_attempt(
     writer = segments.open(BATCH, 0, 1)
     keep(writer, 1, 2)
     writer.close()
-    file = file_of(segments, tmp_path / "segments")
+    file = file_of(tmp_path / "segments")
     file.write_bytes(file.read_bytes()[:-1])
 
     second = segments.open(BATCH, 0, 2)
@@ -308,7 +321,7 @@ def test_the_next_attempt_starts_with_what_the_last_one_kept(
     assert (second.durable.completed, second.durable.failed) == (2, 1)
     assert not second.is_dirty
     assert read(segments, attempt=2) == {line: payload(line) for line in (1, 2, 3)}
-    assert file_of(segments, tmp_path).name.endswith(".000002")
+    assert file_of(tmp_path).name.endswith(".000002")
     second.close()
 
 
@@ -361,10 +374,10 @@ def test_a_process_that_died_while_it_took_over_has_lost_nothing(
     first = segments.open(BATCH, 0, 1)
     keep(first, 1, 2, 3)
     first.close()
-    old = file_of(segments, tmp_path)
+    old = file_of(tmp_path)
     kept = old.read_bytes()
     segments.open(BATCH, 0, 2).close()
-    new = file_of(segments, tmp_path)
+    new = file_of(tmp_path)
 
     old.write_bytes(kept)
     new.write_bytes(new.read_bytes()[:50])

@@ -96,6 +96,15 @@ class Lane:
             self.queued_bytes += len(line.body)
         self._start_senders()
 
+    def withdraw(self, owner: LineOwner) -> None:
+        """Drop the lines of an owner that are not sent yet."""
+        mine = [queued.line for queued in self._queue if queued.owner is owner]
+        if mine:
+            self._queue = deque(queued for queued in self._queue if queued.owner is not owner)
+        for line in mine:
+            self.queued_bytes -= len(line.body)
+            owner.drop(line)
+
     def _start_senders(self) -> None:
         # A sender that has just been started has taken no line yet, so starting one for each
         # waiting line never starts too few.

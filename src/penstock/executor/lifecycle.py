@@ -248,10 +248,12 @@ class Lifecycle:
                         batch_id, BatchStatus.FINALIZING, now=int(time.time())
                     )
                 async with self._writing:
-                    await self._finalize(batch)
+                    is_done = await self._finalize(batch)
             except Conflict:
                 # A cancel came in between; its own job looks again.
                 return
+            if not is_done:
+                await self._settle(batch_id)
 
     async def _until_stored(self, attempt: Callable[[], Awaitable[None]]) -> None:
         """Try again every second while disk or database take nothing."""
@@ -267,7 +269,12 @@ class Lifecycle:
 
     # Finalize
 
-    async def _finalize(self, batch: Batch) -> None:
+    async def _finalize(self, batch: Batch) -> bool:
+        """Write a batch's files and end it.
+
+        Returns:
+            False if replies were missing: their slices are open again, and nothing was kept.
+        """
         found = [await self._find(piece) async for piece in self._iter_slices(batch.id)]
         completed = sum(each.completed for each in found)
         failed = sum(each.failed for each in found)
@@ -299,8 +306,8 @@ class Lifecycle:
             await self._drop(written)
             await self._store.reopen_slices(gap.slices)
             self._feed()
-            return
-        except (Conflict, StorageUnavailable):
+            return False
+        except Exception:
             await self._drop(written)
             raise
         _log.info(
@@ -312,6 +319,7 @@ class Lifecycle:
             never_run=missing,
         )
         await self._tidy(ended)
+        return True
 
     async def _find(self, piece: Slice) -> _Found:
         """How many replies a slice has: as the store says if it has ended, else as is kept."""

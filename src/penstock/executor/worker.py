@@ -323,7 +323,7 @@ class Worker:
                 wait.cancel()
         if held.done.is_set():
             return
-        held.stop()
+        self._stop(held)
         time_left_s = max(held.expires_at - time.time(), 0.0)
         grace_s = (
             self._options.shutdown_grace_s
@@ -335,6 +335,11 @@ class Worker:
                 await held.done.wait()
         held.abort()
         await held.done.wait()
+
+    def _stop(self, held: HeldSlice) -> None:
+        held.stop()
+        for lane in self._lanes.values():
+            lane.withdraw(held)
 
     async def _persist(self, attempt: Callable[[], Awaitable[_R]]) -> _R:
         """Try what needs the disk until it works."""
