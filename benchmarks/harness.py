@@ -69,7 +69,7 @@ def upstream(latency_ms: float = 0.0) -> Generator[Process]:
         yield Process(popen, int(popen.stdout.readline()))
     finally:
         popen.kill()
-        popen.wait()
+        popen.communicate()
 
 
 def start_server(
@@ -83,24 +83,24 @@ def start_server(
     """
     port = port or free_port()
     data_dir.mkdir(parents=True, exist_ok=True)
-    log = (data_dir / "server.log").open("a")
-    popen = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "penstock", "serve"),
-            *("--data-dir", str(data_dir), "--port", str(port)),
-            *("--upstream", upstream_url + "/v1", "--api-key", KEY),
-        ],
-        stdout=log,
-        stderr=log,
-        text=True,
-        env={**os.environ, **(settings or {})},
-    )
+    with (data_dir / "server.log").open("a") as log:
+        popen = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "penstock", "serve"),
+                *("--data-dir", str(data_dir), "--port", str(port)),
+                *("--upstream", upstream_url + "/v1", "--api-key", KEY),
+            ],
+            stdout=log,
+            stderr=log,
+            text=True,
+            env={**os.environ, **(settings or {})},
+        )
     os.sched_setaffinity(popen.pid, WORK_CORE)
     process = Process(popen, port)
     deadline = time.monotonic() + _PATIENCE_S
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"{process.url}/readyz").read()
+            _get(f"{process.url}/readyz")
             return process
         if popen.poll() is not None:
             break
@@ -188,7 +188,12 @@ class Client:
 
 def stats(process: Process) -> dict[str, Any]:
     """What the upstream has seen."""
-    return json.loads(urllib.request.urlopen(f"{process.url}/stats").read())
+    return json.loads(_get(f"{process.url}/stats"))
+
+
+def _get(url: str) -> bytes:
+    with urllib.request.urlopen(url) as answer:
+        return answer.read()
 
 
 def write_input(path: Path, lines: int, line_bytes: int) -> None:

@@ -18,8 +18,9 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Self
 
-from penstock.app import App, open_app, store_url
+from penstock.app import App, open_app
 from penstock.model import FINAL, Batch, Slice, SliceStatus
+from penstock.places import store_url
 from penstock.settings import Settings
 from penstock.store.sql import SqlStore
 from tests.upstreams import Action, Behave, ScriptedUpstream, answer, chat_completion

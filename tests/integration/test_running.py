@@ -396,17 +396,21 @@ async def test_a_cancelled_batch_keeps_what_is_in_flight_and_names_the_rest(
     upstream.behave = by_arrival({1: fail(400), 2: answer()}, later=hold(answer(), until=go))
     options = {"upstream": {"max_concurrency": 2}, "worker": {"slice_requests": 3}}
     async with Bench(data_dir, upstream, **options) as bench:
-        batch = await bench.create(*"abcdefgh")
+        batch = await bench.create(*"abcdefghi")
         await bench.wait_until_counted(batch, 2)
         await upstream.wait_for_requests(4)
 
+        async def all_are_held() -> bool:
+            statuses = {each.status for each in await bench.slices(batch)}
+            return statuses == {SliceStatus.RUNNING}
+
+        await until(all_are_held)
         await bench.cancel(batch)
         await bench.cancel(batch)
 
         async def is_told() -> bool:
             # Four lines are of two slices at most, so the worker lets go of the third one.
-            held = [each.status is SliceStatus.RUNNING for each in await bench.slices(batch)]
-            return sum(held) < 3
+            return not await all_are_held()
 
         await until(is_told)
         go.set()
@@ -414,12 +418,12 @@ async def test_a_cancelled_batch_keeps_what_is_in_flight_and_names_the_rest(
         output, errors = await bench.results(batch)
     refused, *answered = prompts(upstream)
     assert ended.status is BatchStatus.CANCELLED
-    assert ended.counts == Counts(total=8, completed=3, failed=1)
+    assert ended.counts == Counts(total=9, completed=3, failed=1)
     assert len(answered) == 3
     assert ids(output) == sorted(answered)
-    assert ids(errors) == sorted({*"abcdefgh"} - {*answered})
+    assert ids(errors) == sorted({*"abcdefghi"} - {*answered})
     assert {**codes(errors), refused: 400} == codes(errors)
-    assert Counter(codes(errors).values()) == {400: 1, "batch_cancelled": 4}
+    assert Counter(codes(errors).values()) == {400: 1, "batch_cancelled": 5}
 
 
 async def test_lines_that_outlive_the_grace_time_of_a_cancel_are_dropped(

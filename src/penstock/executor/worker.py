@@ -32,7 +32,7 @@ from penstock.upstream.routes import Route, Routes
 _log = structlog.get_logger()
 _R = TypeVar("_R")
 
-_PROGRESS_S = 0.25
+_PROGRESS_S = 0.5
 """How often the counts of running slices go to the store."""
 
 
