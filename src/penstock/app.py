@@ -15,7 +15,6 @@ import os
 import resource
 import secrets
 import signal
-import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from penstock.executor.upkeep import keep_up, recover
 from penstock.executor.worker import Worker, WorkerOptions
 from penstock.keys import key_digest, key_hint, new_key
 from penstock.model import ApiKey, JobKind, KeyId, ProjectId
-from penstock.places import KEY_FILE, database_path, store_url
+from penstock.places import KEY_FILE, store_url
 from penstock.service import Service, ServiceLimits
 from penstock.settings import Settings
 from penstock.store.sql import SqlStore
@@ -67,11 +66,6 @@ class App:
     """The project `default`."""
     first_key: str | None
     """The key that this start made; None if there was one."""
-
-
-def make_data_dir(data_dir: Path) -> None:
-    """Make a data directory that is not there, for nobody else to look into."""
-    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
 
 
 @contextlib.asynccontextmanager
@@ -158,7 +152,6 @@ async def serve(settings: Settings, *, announce: Callable[[str, App], None]) -> 
         announce: Called with the API's address once it answers.
     """
     raise_file_limit()
-    await _migrate_apart(settings.data_dir)
     async with open_app(settings) as app:
         open_project = None if settings.server.auth else app.project_id
         api = create_api(app.service, app.health, open_project=open_project)
@@ -217,29 +210,11 @@ def raise_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def _migrate_apart(data_dir: Path) -> None:
-    """Make a new database in a process of its own, whose memory goes with it.
-
-    What goes wrong is left to `open_app`, which does it again and can say it.
-    """
-    if database_path(data_dir).exists():
-        return
-    with contextlib.suppress(OSError):
-        make_data_dir(data_dir)
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "penstock.store.migrations", store_url(data_dir)),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.DEVNULL,
-        )
-        await process.wait()
-
-
 @contextlib.contextmanager
 def _owned(data_dir: Path) -> Generator[None]:
     """Hold a data directory for this process alone; the system lets go of it at its end."""
     try:
-        make_data_dir(data_dir)
+        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise InvalidSettings(

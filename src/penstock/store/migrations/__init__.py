@@ -2,7 +2,8 @@
 
 Migrations only go forward, and each runs inside the caller's transaction: a database is at
 one version or the next, never between. Alembic is imported only when there is something to
-migrate, for it costs more memory and time than the rest of a start.
+migrate, for it costs more memory and time than the rest of a start: an empty database gets its
+tables as they stand now, which a test holds to what the migrations build.
 """
 
 from pathlib import Path
@@ -10,7 +11,13 @@ from pathlib import Path
 from sqlalchemy import Connection, inspect, text
 
 from penstock.errors import InvalidSettings
+from penstock.store.tables import metadata
 
+_VERSION_TABLE = """
+CREATE TABLE alembic_version (
+    version_num VARCHAR(32) NOT NULL, CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num)
+)
+"""
 HEAD = "0001"
 """The newest version, the number of the last file in `versions`."""
 
@@ -32,14 +39,21 @@ def upgrade(db: Connection) -> None:
         InvalidSettings: The schema is newer than this version of Penstock.
     """
     version = find_version(db)
-    if version == HEAD:
-        return
-    if version is not None and version > HEAD:
+    if version is None:
+        metadata.create_all(db)
+        db.execute(text(_VERSION_TABLE))
+        db.execute(text("INSERT INTO alembic_version VALUES (:head)"), {"head": HEAD})
+    elif version > HEAD:
         raise InvalidSettings(
             f"The database is at schema version {version}, but this version of Penstock knows "
             f"none after {HEAD}: use the newer Penstock that has written it."
         )
+    elif version < HEAD:
+        migrate(db)
 
+
+def migrate(db: Connection) -> None:
+    """Run the migrations from the schema's version, or from nothing, to `HEAD`."""
     from alembic import command  # noqa: PLC0415 - see above
     from alembic.config import Config  # noqa: PLC0415
 
