@@ -180,12 +180,16 @@ class SegmentReader:
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._size = os.fstat(self._file).st_size
         self._whole = b""
-        if self._size <= _WHOLE_BYTES:
-            self._whole = _read_all(self._file, 0, self._size)
-            self._size = len(self._whole)
-        self.records = list(self._scan())
+        try:
+            self._size = os.fstat(self._file).st_size
+            if self._size <= _WHOLE_BYTES:
+                self._whole = _read_all(self._file, 0, self._size)
+                self._size = len(self._whole)
+            self.records = list(self._scan())
+        except BaseException:
+            self.close()
+            raise
 
     def read(self, record: Record) -> bytes:
         """The payload of a record: one line of the output or error file, with its line end."""
@@ -200,6 +204,8 @@ class SegmentReader:
         offset = 0
         while offset + _HEADER.size <= self._size:
             header = self._at(offset, _HEADER.size)
+            if len(header) < _HEADER.size:
+                return  # cut off while it is read
             crc, magic, kind, line, length, *tokens = _HEADER.unpack(header)
             start = offset + _HEADER.size
             if magic != _MAGIC or kind > Kind.ERROR or start + length > self._size:

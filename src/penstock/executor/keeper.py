@@ -41,6 +41,7 @@ class Keeper:
         self, *, gate: asyncio.Event, health: Health, flush_interval_s: float, flush_bytes: int
     ) -> None:
         self._gate = gate
+        self._troubles: set[str] = set()
         self._health = health
         self._flush_interval_s = flush_interval_s
         self._flush_bytes = flush_bytes
@@ -77,24 +78,31 @@ class Keeper:
                 await asyncio.to_thread(_flush_all, writers)
                 break
             except OSError as error:
-                self.close_gate(explain(error))
+                self.close_gate("storage", explain(error))
                 await asyncio.sleep(AGAIN_S)
-        self.open_gate()
+        self.open_gate("storage")
         for written in group:
             if not written.writer.is_dirty:
                 written.durable.set()
 
-    def close_gate(self, message: str) -> None:
-        """Stop the sending, because of what `message` tells."""
-        self._gate.clear()
-        if self._health.fail("storage", message):
-            _log.error("Replies cannot be kept; nothing is sent until they can.", error=message)
+    def close_gate(self, trouble: str, message: str) -> None:
+        """Stop the sending, because of what `message` tells.
 
-    def open_gate(self) -> None:
-        """Let the sending go on."""
-        self._gate.set()
-        if self._health.recover("storage"):
-            _log.info("Replies can be kept again; sending goes on.")
+        Args:
+            trouble: The name of the fault, under which it is told and taken back.
+        """
+        self._troubles.add(trouble)
+        self._gate.clear()
+        if self._health.fail(trouble, message):
+            _log.error("Nothing is sent until this is mended.", fault=trouble, error=message)
+
+    def open_gate(self, trouble: str) -> None:
+        """Take a fault back, and let the sending go on if it was the last one."""
+        self._troubles.discard(trouble)
+        if not self._troubles:
+            self._gate.set()
+        if self._health.recover(trouble):
+            _log.info("A fault is mended.", fault=trouble)
 
 
 def explain(error: OSError) -> str:

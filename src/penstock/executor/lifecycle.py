@@ -409,7 +409,10 @@ class Lifecycle:
         }
 
     async def _drop(self, files: list[File]) -> None:
-        await self._blobs.delete([file.blob_key for file in files])
+        """Delete result files, unless the batch names them after all: a transaction may have
+        been kept although its answer was lost."""
+        unused = await self._store.unused_blobs([file.blob_key for file in files])
+        await self._blobs.delete(list(unused))
 
     async def _tidy(self, batch: Batch) -> None:
         """Delete what a final batch needs no more."""

@@ -9,7 +9,7 @@ from penstock.blobs.base import Blobs
 from penstock.blobs.segments import LocalSegments
 from penstock.engine.base import Engine
 from penstock.errors import NotFound, StorageUnavailable
-from penstock.model import BatchStatus, Job, JobKind
+from penstock.model import BatchStatus, File, Job, JobKind
 from penstock.store.base import Store
 
 _log = structlog.get_logger()
@@ -63,14 +63,20 @@ async def keep_up(*, store: Store, blobs: Blobs) -> None:
     """Delete files whose time is over, every minute, until cancelled."""
     while True:
         try:
-            for file in await store.list_expired_files(now=int(time.time()), limit=_AT_ONCE):
-                try:
-                    gone = await store.delete_file(file.project_id, file.id)
-                except NotFound:
-                    continue
-                if gone is not None:
-                    await blobs.delete([gone.blob_key])
-                _log.info("A file's time is over.", file_id=file.id)
+            now = int(time.time())
+            while over := await store.list_expired_files(now=now, limit=_AT_ONCE):
+                for file in over:
+                    await _delete_file(store, blobs, file)
         except StorageUnavailable as error:
             _log.warning("Upkeep cannot go on for now.", error=str(error))
         await asyncio.sleep(_EVERY_S)
+
+
+async def _delete_file(store: Store, blobs: Blobs, file: File) -> None:
+    try:
+        gone = await store.delete_file(file.project_id, file.id)
+    except NotFound:
+        return
+    if gone is not None:
+        await blobs.delete([gone.blob_key])
+    _log.info("A file's time is over.", file_id=file.id)

@@ -32,6 +32,7 @@ from penstock.upstream.routes import Route, Routes
 _log = structlog.get_logger()
 _R = TypeVar("_R")
 
+_READ_FAULT, _INPUT_FAULT = "data_directory", "input_file"
 _PROGRESS_S = 0.5
 """How often the counts of running slices go to the store."""
 
@@ -244,11 +245,7 @@ class Worker:
             _log.exception("A slice could not be run; it is given back.", slice_id=name)
             held.abort()
             ends = False
-        try:
-            held.is_ending = True
-            await self._reports.submit(held.report(ends=ends))
-        finally:
-            self._let_go(held)
+        await self._give_back(held, ends=ends)
 
     async def _take(self, name: SliceId) -> HeldSlice | None:
         """Claim a slice and queue its lines; None if it is not to be had."""
@@ -261,14 +258,22 @@ class Worker:
         self._held[name] = held
         try:
             await self._fill(held, claimed.input_blob_key)
-        except BaseException:
-            self._let_go(held)
-            raise
+        except Exception as error:
+            _log.warning("A slice could not be begun; it is given back.", error=str(error))
+            if not self._stopping.is_set():
+                await asyncio.sleep(AGAIN_S)  # or it would be back at once
+            await self._give_back(held)
+            return None
         return held
 
-    def _let_go(self, held: HeldSlice) -> None:
-        del self._held[held.slice.id]
-        held.writer.close()
+    async def _give_back(self, held: HeldSlice, *, ends: bool = False) -> None:
+        """Tell the store that an attempt is over, and forget it."""
+        try:
+            held.is_ending = True
+            await self._reports.submit(held.report(ends=ends))
+        finally:
+            del self._held[held.slice.id]
+            held.writer.close()
 
     async def _fill(self, held: HeldSlice, blob_key: str) -> None:
         """Open the slice's segment, read its lines and queue those without a reply."""
@@ -342,20 +347,30 @@ class Worker:
             lane.withdraw(held)
 
     async def _persist(self, attempt: Callable[[], Awaitable[_R]]) -> _R:
-        """Try what needs the disk until it works."""
+        """Try what needs the disk until it works.
+
+        Raises:
+            StorageUnavailable: It did not work, and the worker is to stop.
+        """
         has_failed = False
         while True:
             try:
                 result = await attempt()
-            except OSError as error:
-                self._keeper.close_gate(explain(error))
-            except (StorageUnavailable, NotFound) as error:
-                self._keeper.close_gate(str(error))
+            except (OSError, StorageUnavailable, NotFound) as error:
+                if self._stopping.is_set():
+                    raise StorageUnavailable(str(error)) from error
+                has_failed = True
+                message = explain(error) if isinstance(error, OSError) else str(error)
+                if isinstance(error, NotFound):
+                    # Bytes that somebody took away: only their own batch has to wait.
+                    self._health.fail(_INPUT_FAULT, message)
+                else:
+                    self._keeper.close_gate(_READ_FAULT, message)
             else:
                 if has_failed:
-                    self._keeper.open_gate()
+                    self._health.recover(_INPUT_FAULT)
+                    self._keeper.open_gate(_READ_FAULT)
                 return result
-            has_failed = True
             await asyncio.sleep(AGAIN_S)
 
     # The store

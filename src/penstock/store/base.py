@@ -333,6 +333,7 @@ class Store(Protocol):
     async def recover_slices(self) -> int:
         """Make all running slices pending: their workers ended with the process.
 
+        Slices of final batches, which the process did not come to forget, are forgotten.
         Only for a store that one process has to itself.
 
         Returns:

@@ -365,7 +365,11 @@ class SqlStore:
         await self._write(work, durable=False)
 
     async def recover_slices(self) -> int:
-        return await self._write(lambda db: db.execute(_RECOVER_SLICES).rowcount, durable=False)
+        def work(db: Connection) -> int:
+            db.execute(_FORGET_ALL_FINAL)
+            return db.execute(_RECOVER_SLICES).rowcount
+
+        return await self._write(work, durable=False)
 
     async def forget_slices(self, batch_id: BatchId) -> None:
         key = {"batch_id": batch_id}
@@ -583,6 +587,10 @@ _RECOVER_SLICES = (
     update(slices)
     .where(slices.c.status == SliceStatus.RUNNING)
     .values(status=SliceStatus.PENDING, worker_id=None, lease_expires_at=None)
+)
+
+_FORGET_ALL_FINAL = delete(slices).where(
+    exists().where(batches.c.id == slices.c.batch_id, batches.c.status.in_(FINAL))
 )
 
 _FORGET_SLICES = delete(slices).where(
