@@ -15,6 +15,7 @@ import os
 import resource
 import secrets
 import signal
+import socket
 import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ async def open_app(settings: Settings) -> AsyncGenerator[App]:
             first_key = await _ensure_key(settings, store, project_id)
             await asyncio.to_thread(blobs.delete_leftovers)
             await recover(store=store, blobs=blobs, segments=segments, engine=engine)
-            async with asyncio.TaskGroup() as tasks:
+            async with _plain_errors(), asyncio.TaskGroup() as tasks:
                 working = tasks.create_task(worker.run())
                 handing = tasks.create_task(engine.run())
                 others = [
@@ -145,21 +146,41 @@ async def open_app(settings: Settings) -> AsyncGenerator[App]:
             await store.close()
 
 
+@contextlib.asynccontextmanager
+async def _plain_errors() -> AsyncGenerator[None]:
+    """Let the one error of a group of tasks out as itself."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        if len(group.exceptions) == 1:
+            raise group.exceptions[0] from None
+        raise
+
+
 async def serve(settings: Settings, *, announce: Callable[[str, App], None]) -> None:
     """Serve the API and run the work until SIGTERM or SIGINT.
 
     Args:
         announce: Called with the API's address once it answers.
+
+    Raises:
+        InvalidSettings: The address cannot be listened on; nothing was made.
     """
     raise_file_limit()
+    with _listen(settings.server.host, settings.server.port) as listener:
+        await _serve(settings, listener, announce=announce)
+    _log.info("Stopped.")
+
+
+async def _serve(
+    settings: Settings, listener: socket.socket, *, announce: Callable[[str, App], None]
+) -> None:
     async with open_app(settings) as app:
         open_project = None if settings.server.auth else app.project_id
         api = create_api(app.service, app.health, open_project=open_project)
         server = _Server(
             uvicorn.Config(
                 api,
-                host=settings.server.host,
-                port=settings.server.port,
                 log_level="warning",
                 access_log=False,
                 server_header=False,
@@ -170,7 +191,7 @@ async def serve(settings: Settings, *, announce: Callable[[str, App], None]) -> 
         loop = asyncio.get_running_loop()
         for name in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(name, server.ask_to_stop)
-        serving = asyncio.create_task(server.serve())
+        serving = asyncio.create_task(server.serve([listener]))
         try:
             while not (server.started or serving.done()):  # noqa: ASYNC110  (no event to await)
                 await asyncio.sleep(0.01)
@@ -179,7 +200,7 @@ async def serve(settings: Settings, *, announce: Callable[[str, App], None]) -> 
                 gc.collect()
                 gc.freeze()
                 gc.set_threshold(_GARBAGE)
-                announce(server.address(), app)
+                announce(_address(listener), app)
             await serving
         finally:
             server.should_exit = True
@@ -195,13 +216,33 @@ class _Server(uvicorn.Server):
 
     def ask_to_stop(self) -> None:
         """Stop in good order; asked a second time, at once."""
+        _log.info("Stopping; what is in flight may end. A second signal stops at once.")
         self.force_exit = self.should_exit
         self.should_exit = True
 
-    def address(self) -> str:
-        """Where it listens; the port is the real one also if 0 was asked for."""
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(place[0])
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(place[4])
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise InvalidSettings(
+            f"The address {host}, port {port}, cannot be listened on: {error.strerror}. "
+            "Choose others with --host and --port; port 0 takes a free one."
+        ) from error
+    return listener
+
+
+def _address(listener: socket.socket) -> str:
+    """Where it listens; the port is the real one also if 0 was asked for."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def raise_file_limit() -> None:

@@ -6,6 +6,7 @@ commands. What is printed is what was done.
 
 import contextlib
 import json
+import shlex
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from penstock.client import BatchObject, Client
 from penstock.errors import InvalidRequest, PenstockError
@@ -54,7 +56,13 @@ def run_demo(data_dir: Path, console: Console) -> BatchObject:
         DemoFailed: A process did not start; the message says what it printed.
     """
     example = find_examples() / "reviews.jsonl"
-    data_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        (data_dir / "simulator.log").touch()
+    except OSError as error:
+        raise InvalidRequest(
+            f"{data_dir} cannot be used: {error.strerror}. Choose another with --data-dir."
+        ) from error
     simulator_port, port = _free_port(), _free_port()
     upstream = f"http://127.0.0.1:{simulator_port}/v1"
     with (
@@ -113,7 +121,7 @@ def _process(
     console: Console, what: str, arguments: list[str], *, log: Path, ready_url: str
 ) -> Generator[None]:
     """Run a command of this program until the block ends."""
-    console.print(f"[bold]{what}:[/] penstock {' '.join(arguments)}", soft_wrap=True)
+    console.print(f"[bold]{what}:[/] penstock {escape(shlex.join(arguments))}", soft_wrap=True)
     with log.open("w") as output:
         process = subprocess.Popen(  # noqa: S603  (this very program)
             [sys.executable, "-m", "penstock", *arguments],

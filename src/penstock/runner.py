@@ -11,12 +11,12 @@ import hashlib
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from penstock.app import App, open_app, raise_file_limit
-from penstock.errors import InvalidRequest
+from penstock.errors import DataDirInUse, InvalidRequest
 from penstock.jsonl import CheckedInput
 from penstock.model import FINAL, Batch, BatchStatus, Purpose
 from penstock.settings import Settings
@@ -68,7 +68,7 @@ async def run_file(
     loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stopped.set)
-    async with open_app(settings) as app:
+    async with _open_app(settings, paths) as app:
         batch, is_resumed = await _find_or_create(app, paths, settings, checked)
         on_start(is_resumed)
         while batch.status not in FINAL and not stopped.is_set():
@@ -85,6 +85,18 @@ async def run_file(
             await _export(app, batch.error_file_id, paths.errors)
     shutil.rmtree(paths.state)
     return batch
+
+
+@contextlib.asynccontextmanager
+async def _open_app(settings: Settings, paths: Paths) -> AsyncGenerator[App]:
+    try:
+        async with open_app(settings) as app:
+            yield app
+    except DataDirInUse:
+        raise DataDirInUse(
+            f"Another process runs into {paths.output} at this moment; wait for its end, or "
+            "choose another output with -o."
+        ) from None
 
 
 async def _find_or_create(

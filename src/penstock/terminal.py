@@ -295,7 +295,7 @@ def add_row(to: Table, *cells: str, style: str | None = None) -> None:
 
 def batches_table(batches: Iterable[BatchObject], *, now: float) -> Table:
     """Batches as a table, one a row."""
-    made = table("ID", "STATUS", "JOB NAME", "COMPLETED/FAILED/TOTAL", "CREATED", "AGE")
+    made = table("ID", "STATUS", "JOB NAME", "DONE/FAILED/TOTAL", "AGE")
     for batch in batches:
         counts = batch.request_counts
         add_row(
@@ -303,8 +303,7 @@ def batches_table(batches: Iterable[BatchObject], *, now: float) -> Table:
             batch.id,
             batch.status,
             batch.job_name or "",
-            f"{counts.completed:,}/{counts.failed:,}/{counts.total:,}",
-            moment(batch.created_at),
+            f"{counts.completed}/{counts.failed}/{counts.total}",
             span(now - batch.created_at),
             style="red" if batch.status == "failed" or counts.failed else None,
         )

@@ -62,10 +62,7 @@ def validate(
                 "requests": checked.total,
                 "endpoint": found,
                 "models": checked.models,
-                "faults": [
-                    {"line": f.line, "code": f.code, "param": f.param, "message": f.message}
-                    for f in faults
-                ],
+                **describe_faults(faults),
             }
         )
     elif not faults:
@@ -113,6 +110,16 @@ def check_input(
     except OSError as error:
         raise InvalidRequest(f"{file} cannot be read: {error.strerror}.") from error
     return replace(checked, faults=[*size_fault, *checked.faults])
+
+
+def describe_faults(faults: "list[Fault]") -> dict[str, Any]:
+    """Faults for a program to read."""
+    return {
+        "faults": [
+            {"line": f.line, "code": f.code, "param": f.param, "message": f.message}
+            for f in faults
+        ]
+    }
 
 
 def tell_faults(file: Path, faults: "list[Fault]") -> None:

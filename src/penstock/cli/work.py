@@ -109,8 +109,8 @@ def run(
     Killed or stopped, the same command goes on where it was. Exit 0: every line succeeded;
     1: some failed; 2: the input or a setting is wrong, and nothing was sent.
     """
-    from penstock.cli.local import check_input, tell_faults
-    from penstock.runner import run_file
+    from penstock.cli.local import check_input, describe_faults, tell_faults
+    from penstock.runner import run_file as _run_file
     from penstock.settings import load_settings, upstream_from_flag
     from penstock.telemetry import configure_logging
 
@@ -140,7 +140,10 @@ def run(
     configure_logging(level=logging.ERROR)
     checked = check_input(file, settings, None)
     if checked.faults:
-        tell_faults(file, checked.faults)
+        if as_json:
+            print_json(describe_faults(checked.faults))
+        else:
+            tell_faults(file, checked.faults)
         raise InvalidRequest(f"{file} has faults ({len(checked.faults):,}); nothing was sent.")
 
     import uvloop
@@ -148,7 +151,7 @@ def run(
     started = time.monotonic()
     with _Progress(paths.state.name, is_quiet=as_json) as progress:
         batch = uvloop.run(
-            run_file(
+            _run_file(
                 paths,
                 settings,
                 checked,
@@ -177,6 +180,8 @@ def _paths(file: Path, output: Path | None, errors: Path | None) -> Any:
     for name in (output, errors):
         if not name.parent.is_dir():
             raise InvalidRequest(f"{name} cannot be written: there is no {name.parent}.")
+        if name.exists() and not name.is_file():
+            raise InvalidRequest(f"{name} cannot be written: it is not a regular file.")
     return Paths(input=file, output=output, errors=errors)
 
 
@@ -249,6 +254,36 @@ def _tell_end(
         typer.echo(f"Results: {output}")
     if files["errors"]:
         typer.echo(f"{counts.total - counts.completed:,} failed: {errors}")
+        for reason, count in _reasons(errors):
+            typer.echo(f"  {count:,} × {reason}")
+
+
+def _reasons(errors: Path) -> list[tuple[str, int]]:
+    """Why lines failed: the most frequent reasons of an error file."""
+    import json
+    from collections import Counter
+
+    from penstock.terminal import clean
+
+    seen: Counter[str] = Counter()
+    with errors.open(encoding="utf-8") as file:
+        for text in file:
+            line: dict[str, Any] = json.loads(text)
+            answer: dict[str, Any] | None = line["response"]
+            if answer is None:
+                error: Any = line["error"]
+                code = str(error["code"])
+            else:
+                error = answer["body"].get("error")
+                code = f"HTTP {answer['status_code']}"
+            message = error.get("message") if isinstance(error, dict) else error  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+            seen[clean(f"{code}: {message}"[:200])] += 1
+            if len(seen) > _MOST_REASONS:
+                return []  # each line has its own; none says much
+    return seen.most_common(3)
+
+
+_MOST_REASONS = 10_000
 
 
 def demo(
@@ -265,4 +300,6 @@ def demo(
     batch = run_demo(data_dir, Console(highlight=False, emoji=False))
     if batch.status != "completed":
         raise typer.Exit(FAILED)
-    typer.echo("\nNext: penstock serve --upstream http://YOUR-SERVER/v1")
+    typer.echo(
+        "\nNext: penstock serve --upstream http://YOUR-SERVER/v1 (or ./dev run serve ...)"
+    )

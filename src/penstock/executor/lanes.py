@@ -21,6 +21,7 @@ from penstock.upstream.base import Failure, LineUpstream, Reply
 
 _log = structlog.get_logger()
 _TELL_EVERY = 64
+_TELL_EVERY_S = 30.0
 
 Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 """Starts a task that somebody owns."""
@@ -79,6 +80,7 @@ class Lane:
         self._low_water = low_water
         self._queue: deque[_Queued] = deque()
         self._senders = 0
+        self._told_at = float("-inf")
         self.queued_bytes = 0
         """Bytes of the bodies that are not sent yet."""
         self.expected = 0
@@ -163,6 +165,7 @@ class Lane:
             time_left_s=owner.expires_at - time.time(),
         )
         if wait_s is None:
+            self._tell(reply)
             owner.keep(line, reply)
         elif owner.is_stopping:
             owner.drop(line)
@@ -170,6 +173,18 @@ class Lane:
             queued.attempt += 1
             timer = asyncio.get_running_loop().call_later(wait_s, self._put_back, queued)
             owner.timers[line.line] = (timer, line)
+
+    def _tell(self, reply: Reply) -> None:
+        """Say in the log, now and then, that lines fail because of the upstream itself."""
+        now = time.monotonic()
+        if reply.failure is not None and now - self._told_at > _TELL_EVERY_S:
+            self._told_at = now
+            _log.warning(
+                "Lines fail.",
+                upstream=self.upstream.name,
+                failure=reply.failure.value,
+                error=reply.message,
+            )
 
     def _put_back(self, queued: _Queued) -> None:
         del queued.owner.timers[queued.line.line]
