@@ -15,13 +15,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-WORDS = (
-    "axle bank barrage basin beam bed bend brook bucket canal channel crest current dam deep "
-    "drain drop fall fish flood flow flume ford gate grain head lake leat level lock mill "
-    "mist moor mud oar pier pipe pond pool pump race rain rapid reed reservoir river rock "
-    "sand shaft sluice spill spring stone stream swell tail tide trough turbine valve wave "
-    "weir well wheel"
-).split()
+_VOCABULARY = """
+axle bank barrage basin beam bed bend brook bucket canal channel crest current dam deep drain
+drop fall fish flood flow flume ford gate grain head lake level lock mill mist moor mud oar
+pier pipe pond pool pump race rain rapid reed reservoir river rock sand shaft sluice spill
+spring stone stream swell tail tide turbine valve wave weir well wheel
+"""
+WORDS = _VOCABULARY.split()
 """All that the model can say: each is one token, with a space before it."""
 
 HIDDEN = 64
@@ -140,22 +140,23 @@ def _write_weights(path: Path, vocabulary: dict[str, int], chance: random.Random
         data.extend(struct.pack(f"<{len(values)}f", *values))
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, len(data)]}
 
-    def add_linear(name: str, rows: int, columns: int) -> None:
-        add(name, [rows, columns], lambda: chance.gauss(0, columns**-0.5))
+    def add_linear(name: str, rows: int, columns: int, strength: float = 1) -> None:
+        add(name, [rows, columns], lambda: chance.gauss(0, strength * columns**-0.5))
 
-    def add_norm(name: str, size: int) -> None:
-        add(name, [size], lambda: 1.0)
+    def add_norm(name: str, size: int, strength: float = 1) -> None:
+        add(name, [size], lambda: strength)
 
     add("model.embed_tokens.weight", [len(vocabulary), HIDDEN], lambda: chance.gauss(0, 1))
+    # Attention is stronger than usual, so that one other word makes another reply.
     for number in range(LAYERS):
         layer = f"model.layers.{number}"
         add_norm(f"{layer}.input_layernorm.weight", HIDDEN)
         add_linear(f"{layer}.self_attn.q_proj.weight", HEADS * HEAD_SIZE, HIDDEN)
         add_linear(f"{layer}.self_attn.k_proj.weight", KEY_HEADS * HEAD_SIZE, HIDDEN)
         add_linear(f"{layer}.self_attn.v_proj.weight", KEY_HEADS * HEAD_SIZE, HIDDEN)
-        add_linear(f"{layer}.self_attn.o_proj.weight", HIDDEN, HEADS * HEAD_SIZE)
-        add_norm(f"{layer}.self_attn.q_norm.weight", HEAD_SIZE)
-        add_norm(f"{layer}.self_attn.k_norm.weight", HEAD_SIZE)
+        add_linear(f"{layer}.self_attn.o_proj.weight", HIDDEN, HEADS * HEAD_SIZE, 4)
+        add_norm(f"{layer}.self_attn.q_norm.weight", HEAD_SIZE, 2)
+        add_norm(f"{layer}.self_attn.k_norm.weight", HEAD_SIZE, 2)
         add_norm(f"{layer}.post_attention_layernorm.weight", HIDDEN)
         add_linear(f"{layer}.mlp.gate_proj.weight", INNER, HIDDEN)
         add_linear(f"{layer}.mlp.up_proj.weight", INNER, HIDDEN)

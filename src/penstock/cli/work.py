@@ -300,6 +300,5 @@ def demo(
     batch = run_demo(data_dir, Console(highlight=False, emoji=False))
     if batch.status != "completed":
         raise typer.Exit(FAILED)
-    typer.echo(
-        "\nNext: penstock serve --upstream http://YOUR-SERVER/v1 (or ./dev run serve ...)"
-    )
+    typer.echo("\nNext: penstock serve --upstream http://YOUR-SERVER/v1")
+    typer.echo("In a checkout, `./dev run` stands for `penstock`.")
