@@ -1,7 +1,8 @@
 """The keeper makes replies durable, for all held slices together.
 
 Replies of all segments are written and synced in groups: at the latest `flush_interval_s`
-after the first of them came, at once when a slice has its last reply or `flush_bytes` wait.
+after the first of them came, at once when no other slice has lines to come or `flush_bytes`
+wait.
 While the disk takes nothing the gate is closed, so nothing more is sent, and what has come is
 kept in memory and tried again every second.
 """
@@ -46,14 +47,16 @@ class Keeper:
         self._flush_interval_s = flush_interval_s
         self._flush_bytes = flush_bytes
         self._dirty: set[Written] = set()
+        self.busy_slices = 0
+        """How many held slices have lines without a reply."""
         self._some = asyncio.Event()
         self._urgent = asyncio.Event()
 
-    def note(self, written: Written, *, is_last: bool) -> None:
+    def note(self, written: Written) -> None:
         """Say that something was appended to a segment."""
         self._dirty.add(written)
         self._some.set()
-        if is_last or written.writer.waiting_bytes >= self._flush_bytes:
+        if not self.busy_slices or written.writer.waiting_bytes >= self._flush_bytes:
             self._urgent.set()
 
     async def run(self) -> None:

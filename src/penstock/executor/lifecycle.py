@@ -20,6 +20,7 @@ from penstock.blobs.base import Blobs
 from penstock.blobs.segments import Kind, LocalSegments, SliceReplies
 from penstock.engine.base import Engine
 from penstock.errors import Conflict, NotFound, PenstockError, StorageUnavailable
+from penstock.executor.partial import in_thread
 from penstock.executor.replies import BATCH_CANCELLED, BATCH_EXPIRED, error_line
 from penstock.jsonl import CheckedInput, InputChecker, InputRules, iter_requests
 from penstock.model import (
@@ -379,7 +380,7 @@ class Lifecycle:
                 if kind is Kind.ERROR and each.missing:
                     never_run = await self._never_run(batch, each.piece, replies.lines)
                 walk = replies.iter_pieces(kind, others=never_run)
-                while piece := await asyncio.to_thread(next, walk, b""):
+                async for piece in in_thread(walk):
                     yield piece
         if gaps:
             raise _Gap(gaps)

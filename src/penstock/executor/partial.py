@@ -1,12 +1,22 @@
 """The results that a batch has so far, read from its segments while it runs."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from itertools import islice
 
 from penstock.blobs.segments import Kind, LocalSegments
 from penstock.errors import StorageUnavailable
 from penstock.model import FINAL, Batch
 from penstock.store.base import Store
+
+
+async def in_thread(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
+    """Iterate in a thread, two pieces ahead: a hop for each would cost more than the piece."""
+    while some := await asyncio.to_thread(lambda: list(islice(pieces, 2))):
+        for piece in some:
+            yield piece
+        if len(some) < 2:
+            return
 
 
 class PartialResults:
@@ -31,7 +41,7 @@ class PartialResults:
                 replies = await asyncio.to_thread(self._segments.read, batch.id, piece.index)
                 with replies:
                     walk = replies.iter_pieces(Kind.OUTPUT, Kind.ERROR)
-                    while lines := await asyncio.to_thread(next, walk, b""):
+                    async for lines in in_thread(walk):
                         has_begun = True
                         yield lines
             after = page[-1].index

@@ -51,7 +51,7 @@ class WorkerOptions:
     """How long lines in flight may go on after a stop."""
     held_bytes: int = 16 << 20
     """How many bytes of unsent bodies are held at most, plus one slice."""
-    lines_ahead: int = 1024
+    lines_ahead: int = 512
     """With fewer lines than this ready to be sent, a lane is given another slice."""
 
 
@@ -88,17 +88,27 @@ class HeldSlice:
             reply.total_tokens,
         )
         self.writer.append(line.line, kind, payload, tokens)
-        self.remaining -= 1
         self.durable.clear()
-        self._keeper.note(self, is_last=not self.remaining)
-        if not self.remaining:
-            self.done.set()
+        self._end_line()
+        self._keeper.note(self)
 
     def drop(self, line: RequestLine) -> None:
         """Leave a line without a reply; another attempt at the slice finds it missing."""
         del line
+        self._end_line()
+
+    def begin(self, requests: int) -> None:
+        """Say how many lines lack a reply, before the first of them is queued."""
+        self.remaining = requests
+        if requests:
+            self._keeper.busy_slices += 1
+        else:
+            self.done.set()
+
+    def _end_line(self) -> None:
         self.remaining -= 1
         if not self.remaining:
+            self._keeper.busy_slices -= 1
             self.done.set()
 
     def stop(self) -> None:
@@ -287,10 +297,8 @@ class Worker:
             for line in iter_requests(data, first_line=piece.first_line)
             if line.line not in held.writer.lines
         ]
-        held.remaining = len(missing)
-        if not missing:
-            held.done.set()
-        elif time.time() < held.expires_at and not self._stopping.is_set():
+        held.begin(len(missing))
+        if time.time() < held.expires_at and not self._stopping.is_set():
             self._queue(held, missing)
         else:
             for line in missing:
