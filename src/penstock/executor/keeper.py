@@ -47,16 +47,18 @@ class Keeper:
         self._flush_interval_s = flush_interval_s
         self._flush_bytes = flush_bytes
         self._dirty: set[Written] = set()
+        self._waiting_bytes = 0
         self.busy_slices = 0
         """How many held slices have lines without a reply."""
         self._some = asyncio.Event()
         self._urgent = asyncio.Event()
 
-    def note(self, written: Written) -> None:
+    def note(self, written: Written, appended_bytes: int) -> None:
         """Say that something was appended to a segment."""
+        self._waiting_bytes += appended_bytes
         self._dirty.add(written)
         self._some.set()
-        if not self.busy_slices or written.writer.waiting_bytes >= self._flush_bytes:
+        if not self.busy_slices or self._waiting_bytes >= self._flush_bytes:
             self._urgent.set()
 
     async def run(self) -> None:
@@ -71,6 +73,7 @@ class Keeper:
     async def flush(self) -> None:
         """Make all durable that was noted before the call, however long that takes."""
         group, self._dirty = self._dirty, set()
+        self._waiting_bytes = 0
         self._some.clear()
         self._urgent.clear()
         writers = [written.writer for written in group]

@@ -90,7 +90,7 @@ class HeldSlice:
         self.writer.append(line.line, kind, payload, tokens)
         self.durable.clear()
         self._end_line()
-        self._keeper.note(self)
+        self._keeper.note(self, len(payload))
 
     def drop(self, line: RequestLine) -> None:
         """Leave a line without a reply; another attempt at the slice finds it missing."""
