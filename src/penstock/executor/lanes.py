@@ -21,7 +21,7 @@ from penstock.upstream.base import Failure, LineUpstream, Reply
 
 _log = structlog.get_logger()
 _TELL_EVERY = 64
-_HIGH_WATER = 3
+_HIGH_WATER = 2
 _TELL_EVERY_S = 30.0
 
 Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
@@ -60,7 +60,7 @@ class Lane:
         gate: Nothing is sent while this is not set.
         spawn: Starts the senders.
         wants_more: Called now and then while the queue grows shorter.
-        low_water: With fewer lines than this it has room, until it has thrice as many: slices
+        low_water: With fewer lines than this it has room, until it has twice as many: slices
             are claimed a few at a time, since a claim costs a sync of the disk.
     """
 

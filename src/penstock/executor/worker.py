@@ -49,7 +49,7 @@ class WorkerOptions:
     """How long lines in flight may go on after a cancel."""
     shutdown_grace_s: float
     """How long lines in flight may go on after a stop."""
-    held_bytes: int = 16 << 20
+    held_bytes: int = 8 << 20
     """How many bytes of unsent bodies are held at most, plus one slice."""
     lines_ahead: int = 512
     """With fewer lines than this ready to be sent, a lane is given another slice."""
