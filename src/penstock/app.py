@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import fcntl
 import gc
+import math
 import os
 import resource
 import secrets
@@ -186,7 +187,7 @@ async def _serve(
                 access_log=False,
                 server_header=False,
                 lifespan="off",
-                timeout_graceful_shutdown=int(settings.server.shutdown_grace_s) or None,
+                timeout_graceful_shutdown=math.ceil(settings.server.shutdown_grace_s),
             )
         )
         loop = asyncio.get_running_loop()

@@ -341,6 +341,12 @@ class InputChecker:
         if self._fault_count > faults_before:
             self._total += 1
             return None
+        try:
+            next(iter_requests(text, first_line=self._line), None)
+        except msgspec.DecodeError:
+            self._fault("invalid_json_line", f"{_NOT_JSON} It names a key twice.")
+            self._total += 1
+            return None
         return model
 
     def _parse(self, text: bytes) -> dict[str, Any] | None:

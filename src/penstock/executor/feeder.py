@@ -68,7 +68,7 @@ class Feeder:
         self._engine = engine
         self._lanes: Lanes | None = None
         self._wake = asyncio.Event()
-        self._is_stale = True
+        self._looked_at = -_LOOK_S
         self._backlog: dict[BatchId, Backlog] = {}
         self._next: dict[BatchId, deque[Slice]] = {}
         self._handed: dict[SliceId, Slice] = {}
@@ -80,7 +80,7 @@ class Feeder:
 
     def poke(self) -> None:
         """Say that batches have slices to hand out that had none before."""
-        self._is_stale = True
+        self._looked_at = -_LOOK_S
         self._wake.set()
 
     def has_room(self) -> None:
@@ -100,7 +100,6 @@ class Feeder:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_S):
                     await self._wake.wait()
-            self._is_stale = self._is_stale or not self._wake.is_set()
             self._wake.clear()
             try:
                 await self._feed()
@@ -109,30 +108,36 @@ class Feeder:
                 await asyncio.sleep(_LOOK_S)
 
     async def _feed(self) -> None:
-        if self._is_stale:
-            self._is_stale = False
-            backlog = await self._store.list_backlog(now=int(time.time()))
+        if (now := time.monotonic()) - self._looked_at >= _LOOK_S:
+            self._looked_at, before = now, self._looked_at
+            try:
+                backlog = await self._store.list_backlog(now=int(time.time()))
+            except StorageUnavailable:
+                self._looked_at = before
+                raise
             self._backlog = {batch.batch_id: batch for batch in backlog}
             self._forget_the_gone()
         lanes = self._lanes
         assert lanes is not None  # noqa: S101
         jobs: list[Job] = []
         candidates = dict(self._backlog)
-        while batch := next_batch(candidates.values(), self._strides):
-            piece = await self._peek(batch.batch_id)
-            if piece is None:
-                del candidates[batch.batch_id]
-                self._backlog.pop(batch.batch_id, None)
-            elif not lanes.has_room(piece.models):
-                del candidates[batch.batch_id]
-            else:
-                self._next[batch.batch_id].popleft()
-                self._handed[piece.id] = piece
-                lanes.expect(piece)
-                self._charge(batch, piece)
-                jobs.append(Job(kind=JobKind.SLICE, id=piece.id))
-        if jobs:
-            await self._engine.enqueue(jobs)
+        try:
+            while batch := next_batch(candidates.values(), self._strides):
+                piece = await self._peek(batch.batch_id)
+                if piece is None:
+                    del candidates[batch.batch_id]
+                    self._backlog.pop(batch.batch_id, None)
+                elif not lanes.has_room(piece.models):
+                    del candidates[batch.batch_id]
+                else:
+                    self._next[batch.batch_id].popleft()
+                    self._handed[piece.id] = piece
+                    lanes.expect(piece)
+                    self._charge(batch, piece)
+                    jobs.append(Job(kind=JobKind.SLICE, id=piece.id))
+        finally:  # those that were taken out stay handed out, whatever stopped the rest
+            if jobs:
+                await self._engine.enqueue(jobs)
 
     async def _peek(self, batch_id: BatchId) -> Slice | None:
         """The batch's next slice that is not handed out, read ahead from the store."""

@@ -39,7 +39,7 @@ class LineOwner(Protocol):
     """A cancelled sender is to drop its line and go on with the next."""
     flights: dict[int, asyncio.Task[None]]
     """The senders of lines that are on their way, by line."""
-    timers: dict[int, tuple[asyncio.TimerHandle, RequestLine]]
+    timers: "dict[int, tuple[asyncio.TimerHandle, RequestLine, Lane]]"
     """The lines that wait for another attempt."""
 
     def keep(self, line: RequestLine, reply: Reply) -> None: ...
@@ -73,6 +73,7 @@ class Lane:
         spawn: Spawn,
         wants_more: Callable[[], None],
         low_water: int,
+        held_bytes: int = 16 << 20,
     ) -> None:
         self.upstream = upstream
         self._policy = policy
@@ -80,14 +81,17 @@ class Lane:
         self._spawn = spawn
         self._wants_more = wants_more
         self._low_water = low_water
+        self._held_bytes = held_bytes
         self._queue: deque[_Queued] = deque()
         self._senders = 0
         self._is_filling = True
         self._told_at = float("-inf")
         self.queued_bytes = 0
-        """Bytes of the bodies that are not sent yet."""
+        """Bytes of the bodies that wait, for their first attempt or another."""
         self.expected = 0
         """Lines of slices that are handed out but not held yet."""
+        self.expected_bytes = 0
+        """The bytes of their bodies, about."""
 
     @property
     def has_room(self) -> bool:
@@ -95,6 +99,11 @@ class Lane:
         ahead = len(self._queue) + self.expected
         self._is_filling = ahead < self._low_water * (_HIGH_WATER if self._is_filling else 1)
         return self._is_filling
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it holds as many bytes of bodies as it may."""
+        return self.queued_bytes + self.expected_bytes >= self._held_bytes
 
     def put(self, owner: LineOwner, lines: list[RequestLine]) -> None:
         """Queue lines for their first attempt."""
@@ -177,7 +186,8 @@ class Lane:
         else:
             queued.attempt += 1
             timer = asyncio.get_running_loop().call_later(wait_s, self._put_back, queued)
-            owner.timers[line.line] = (timer, line)
+            owner.timers[line.line] = (timer, line, self)
+            self.queued_bytes += len(line.body)
 
     def _tell(self, reply: Reply) -> None:
         """Say in the log, now and then, that lines fail because of the upstream itself."""
@@ -195,5 +205,4 @@ class Lane:
         del queued.owner.timers[queued.line.line]
         # It has waited long enough: it goes before the lines that were never sent.
         self._queue.appendleft(queued)
-        self.queued_bytes += len(queued.line.body)
         self._start_senders()

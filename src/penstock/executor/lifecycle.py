@@ -154,15 +154,15 @@ class Lifecycle:
     async def validate(self, batch_id: str, stop: asyncio.Event) -> None:
         """Read a batch's input file. The engine's handler for `validate` jobs."""
         del stop  # a cancelled batch is noticed when its status is to be moved
-        async with self._reading:
-            await self._until_stored(lambda: self._validate(BatchId(batch_id)))
+        await self._until_stored(lambda: self._validate(BatchId(batch_id)))
 
     async def _validate(self, batch_id: BatchId) -> None:
         batch = await self._store.get_batch(batch_id)
         if batch.status is not BatchStatus.VALIDATING:
             return
         try:
-            checked = await self._check(batch)
+            async with self._reading:
+                checked = await self._check(batch)
         except NotFound:
             checked = _unreadable(batch)
         now = int(time.time())
@@ -235,6 +235,7 @@ class Lifecycle:
         tally = await self._store.tally_slices(batch_id)
         step = next_step(batch, tally, now=time.time())
         if step is Step.STOP:
+            self._feed()  # which must not hand out its slices any more
             await self._engine.cancel(
                 [
                     Job(kind=JobKind.SLICE, id=piece.id)
@@ -417,6 +418,7 @@ class Lifecycle:
 
     async def _tidy(self, batch: Batch) -> None:
         """Delete what a final batch needs no more."""
+        await self._engine.cancel([Job(kind=JobKind.EXPIRE, id=batch.id)])
         await asyncio.to_thread(self._segments.delete, batch.id)
         await self._store.forget_slices(batch.id)
         await self._blobs.delete(list(await self._store.unused_blobs([batch.input_blob_key])))

@@ -66,7 +66,7 @@ class HeldSlice:
         self.is_stopping = False
         self.is_aborted = False
         self.flights: dict[int, asyncio.Task[None]] = {}
-        self.timers: dict[int, tuple[asyncio.TimerHandle, RequestLine]] = {}
+        self.timers: dict[int, tuple[asyncio.TimerHandle, RequestLine, Lane]] = {}
         self.remaining = 0
         self.done = asyncio.Event()
         """Set when no line is on its way or waits."""
@@ -115,8 +115,9 @@ class HeldSlice:
         """Send nothing more. What is in flight may end."""
         self.is_stopping = True
         timers, self.timers = self.timers, {}
-        for timer, line in timers.values():
+        for timer, line, lane in timers.values():
             timer.cancel()
+            lane.queued_bytes -= len(line.body)
             self.drop(line)
 
     def abort(self) -> None:
@@ -175,6 +176,7 @@ class Worker:
         self._stopping = asyncio.Event()
         self._closed = asyncio.Event()
         self._lanes: dict[str, Lane] = {}
+        self._unserved = 0
         self._held: dict[SliceId, HeldSlice] = {}
         self._keeper = Keeper(
             gate=self._gate,
@@ -193,16 +195,19 @@ class Worker:
         if self._tasks is None or not self._gate.is_set() or self._stopping.is_set():
             return False
         lanes = list(self._lanes_of(models))
-        held_bytes = sum(lane.queued_bytes for lane in self._lanes.values())
-        return held_bytes < self._options.held_bytes and (
-            not lanes or any(lane.has_room for lane in lanes)
-        )
+        if not lanes:  # lines that no upstream serves any more are read to fail at once
+            return self._unserved < self._options.held_bytes
+        # A mixed slice waits for its slowest upstream; slices of other models do not.
+        return any(lane.has_room for lane in lanes) and not any(lane.is_full for lane in lanes)
 
     def expect(self, piece: Slice, *, sign: int = 1) -> None:
         """Count a slice that was handed to the engine (or, with -1, is held or came back)."""
         lanes = list(self._lanes_of(piece.models))
         for lane in lanes:
             lane.expected += sign * (piece.requests // len(lanes))
+            lane.expected_bytes += sign * ((piece.end - piece.start) // len(lanes))
+        if not lanes:
+            self._unserved += sign * (piece.end - piece.start)
 
     # The life of the worker
 
@@ -434,6 +439,7 @@ class Worker:
             spawn=self._tasks.create_task,
             wants_more=self._wants_more,
             low_water=self._options.lines_ahead,
+            held_bytes=self._options.held_bytes // len(tuple(self._routes)),
         )
 
     def _lanes_of(self, models: tuple[str, ...]):

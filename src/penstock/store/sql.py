@@ -491,10 +491,7 @@ _LIST_BACKLOG = (
     .join(projects)
     .where(
         batches.c.status.in_(_CLAIMABLE),
-        or_(
-            batches.c.status == BatchStatus.FINALIZING,
-            batches.c.expires_at > bindparam("now"),
-        ),
+        batches.c.expires_at > bindparam("now"),
         _has_slices(SliceStatus.PENDING),
     )
     .order_by(batches.c.expires_at, batches.c.seq)

@@ -963,7 +963,7 @@ class StoreContract:
 
         await store.reopen_slices(ids_of(1))
 
-        [entry] = await store.list_backlog(now=CLOSE + 1)
+        [entry] = await store.list_backlog(now=CLOSE - 1)
         assert entry.batch_id == "batch-1"
         [again] = await claim(store, ids_of(0, 1, 2))
         assert (again.slice.index, again.slice.attempt) == (1, 2)
