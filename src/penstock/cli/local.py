@@ -3,7 +3,7 @@
 # ruff: noqa: PLC0415  (imports inside commands keep the start short)
 
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -88,9 +88,18 @@ _TOLD_FAULTS = 100_000
 
 
 def check_input(
-    file: Path, settings: "Settings", endpoint: "Endpoint | None"
+    file: Path,
+    settings: "Settings",
+    endpoint: "Endpoint | None",
+    *,
+    accepts_model: "Callable[[str], bool] | None" = None,
 ) -> "CheckedInput":
-    """Check an input file as a server with these settings would, in bounded memory."""
+    """Check an input file as a server with these settings would, in bounded memory.
+
+    Args:
+        endpoint: Which endpoint every line must name; None takes that of the first line.
+        accepts_model: Whether an upstream serves a model; None accepts every model.
+    """
     from dataclasses import replace
 
     from penstock.jsonl import InputRules, check_file
@@ -103,6 +112,7 @@ def check_input(
         max_faults=_TOLD_FAULTS,
         slice_requests=worker.slice_requests,
         slice_bytes=worker.slice_bytes,
+        accepts_model=accepts_model,
     )
     try:
         checked = check_file(file, rules)

@@ -4,6 +4,7 @@
 
 import logging
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -138,7 +139,12 @@ def run(
             "There is no upstream to send to: name one with --upstream URL or in the settings."
         )
     configure_logging(level=logging.ERROR)
-    checked = check_input(file, settings, None)
+
+    def accepts_model(model: str) -> bool:
+        patterns = (pattern for each in settings.upstreams for pattern in each.models)
+        return any(fnmatchcase(model, pattern) for pattern in patterns)
+
+    checked = check_input(file, settings, None, accepts_model=accepts_model)
     if checked.faults:
         if as_json:
             print_json(describe_faults(checked.faults))

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass
 from enum import Enum, auto
 
+import msgspec
 import structlog
 
 from penstock.blobs.base import Blobs
@@ -403,12 +404,17 @@ class Lifecycle:
         """Error lines for the requests of a slice that have no reply, by line."""
         is_cancelled = batch.status is BatchStatus.CANCELLING
         code, message = BATCH_CANCELLED if is_cancelled else BATCH_EXPIRED
-        data = await self._blobs.get_range(batch.input_blob_key, piece.start, piece.end)
-        return {
-            request.line: error_line(request.custom_id, code, message)
-            for request in iter_requests(data, first_line=piece.first_line)
-            if request.line not in have
-        }
+        try:
+            data = await self._blobs.get_range(batch.input_blob_key, piece.start, piece.end)
+            return {
+                request.line: error_line(request.custom_id, code, message)
+                for request in iter_requests(data, first_line=piece.first_line)
+                if request.line not in have
+            }
+        except (NotFound, msgspec.DecodeError) as error:
+            # Somebody took or changed the input file: its lines cannot be named any more.
+            _log.error("An input file is gone.", batch_id=batch.id, error=str(error))
+            return {}
 
     async def _drop(self, files: list[File]) -> None:
         """Delete result files, unless the batch names them after all: a transaction may have

@@ -5,7 +5,6 @@ input file, spread over the lanes, and ended when each of its lines has a durabl
 """
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import structlog
 
 from penstock.blobs.base import Blobs
 from penstock.blobs.segments import LocalSegments, SegmentWriter
-from penstock.errors import NotFound, StorageUnavailable
+from penstock.errors import StorageUnavailable
 from penstock.executor.group import GroupCommit
 from penstock.executor.keeper import AGAIN_S, Keeper, explain
 from penstock.executor.lanes import Lane
@@ -32,7 +31,7 @@ from penstock.upstream.routes import Route, Routes
 _log = structlog.get_logger()
 _R = TypeVar("_R")
 
-_READ_FAULT, _INPUT_FAULT = "data_directory", "input_file"
+_READ_FAULT = "data_directory"
 _PROGRESS_S = 0.5
 """How often the counts of running slices go to the store."""
 
@@ -330,27 +329,16 @@ class Worker:
 
     async def _until_done(self, held: HeldSlice, stop: asyncio.Event) -> None:
         """Wait until no line is on its way, or stop them when there is a reason to."""
-        waits = [
-            asyncio.ensure_future(event.wait()) for event in (held.done, stop, self._stopping)
-        ]
-        try:
-            time_left_s = max(held.expires_at - time.time(), 0.0)
-            await asyncio.wait(waits, timeout=time_left_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
+        await _first_of(held.done, stop, self._stopping, timeout_s=_left_s(held))
         if held.done.is_set():
             return
         self._stop(held)
-        time_left_s = max(held.expires_at - time.time(), 0.0)
-        grace_s = (
-            self._options.shutdown_grace_s
-            if self._stopping.is_set()
-            else self._options.cancel_grace_s
-        )
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(min(grace_s, time_left_s)):
-                await held.done.wait()
+        if not self._stopping.is_set():
+            patience_s = min(self._options.cancel_grace_s, _left_s(held))
+            await _first_of(held.done, self._stopping, timeout_s=patience_s)
+        if self._stopping.is_set():
+            patience_s = min(self._options.shutdown_grace_s, _left_s(held))
+            await _first_of(held.done, timeout_s=patience_s)
         held.abort()
         await held.done.wait()
 
@@ -364,24 +352,20 @@ class Worker:
 
         Raises:
             StorageUnavailable: It did not work, and the worker is to stop.
+            NotFound: What is to be read is not there, and will not be.
         """
         has_failed = False
         while True:
             try:
                 result = await attempt()
-            except (OSError, StorageUnavailable, NotFound) as error:
+            except (OSError, StorageUnavailable) as error:
                 if self._stopping.is_set():
                     raise StorageUnavailable(str(error)) from error
                 has_failed = True
                 message = explain(error) if isinstance(error, OSError) else str(error)
-                if isinstance(error, NotFound):
-                    # Bytes that somebody took away: only their own batch has to wait.
-                    self._health.fail(_INPUT_FAULT, message)
-                else:
-                    self._keeper.close_gate(_READ_FAULT, message)
+                self._keeper.close_gate(_READ_FAULT, message)
             else:
                 if has_failed:
-                    self._health.recover(_INPUT_FAULT)
                     self._keeper.open_gate(_READ_FAULT)
                 return result
             await asyncio.sleep(AGAIN_S)
@@ -445,6 +429,21 @@ class Worker:
     def _lanes_of(self, models: tuple[str, ...]):
         names = {route.upstream.name for m in models if (route := self._routes.find(m))}
         return (self._lanes[name] for name in names if name in self._lanes)
+
+
+def _left_s(held: HeldSlice) -> float:
+    """Until the completion window closes, in seconds."""
+    return max(held.expires_at - time.time(), 0.0)
+
+
+async def _first_of(*events: asyncio.Event, timeout_s: float) -> None:
+    """Wait until one of the events is set, or the time is up."""
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
 
 
 def _no_upstream(model: str) -> Reply:
