@@ -677,3 +677,20 @@ def test_any_bytes_at_all_are_checked_without_a_crash(data: bytes, endpoint: Any
 
     assert checked.faults
     assert all(re.fullmatch(r"[a-z_]+", fault.code) for fault in checked.faults)
+
+
+@pytest.mark.parametrize(
+    ("good", "twice"),
+    [
+        (b'"model": "m"', b'"model": 5, "model": "m"'),
+        (b'"custom_id": "a"', b'"custom_id": 1, "custom_id": "a"'),
+    ],
+)
+def test_a_key_that_is_named_twice_in_different_ways_is_a_fault(
+    good: bytes, twice: bytes
+) -> None:
+    # A worker could not read it back, whichever of the two counts.
+    line = request("a").replace(good, twice)
+    assert twice in line
+
+    assert faults_of(line) == [("invalid_json_line", None, 1)]
