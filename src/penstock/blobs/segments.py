@@ -357,10 +357,6 @@ class LocalSegments:
         """The batches that have segments."""
         return [BatchId(path.name) for path in self._root.iterdir() if path.is_dir()]
 
-    def free_bytes(self) -> int:
-        """How much room the disk has."""
-        return shutil.disk_usage(self._root).free
-
     def _path(self, batch_id: BatchId, index: int, attempt: int) -> Path:
         return self._root / batch_id / f"{index:08d}.{attempt:06d}"
 

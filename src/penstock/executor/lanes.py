@@ -62,6 +62,7 @@ class Lane:
         wants_more: Called now and then while the queue grows shorter.
         low_water: With fewer lines than this it has room, until it has twice as many: slices
             are claimed a few at a time, since a claim costs a sync of the disk.
+        held_bytes: With as many bytes of waiting bodies it is full.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Lane:
         spawn: Spawn,
         wants_more: Callable[[], None],
         low_water: int,
-        held_bytes: int = 16 << 20,
+        held_bytes: int,
     ) -> None:
         self.upstream = upstream
         self._policy = policy

@@ -49,7 +49,8 @@ class WorkerOptions:
     shutdown_grace_s: float
     """How long lines in flight may go on after a stop."""
     held_bytes: int = 8 << 20
-    """How many bytes of unsent bodies are held at most, plus one slice."""
+    """How many bytes of unsent bodies are held, shared evenly by the upstreams; each may go
+    beyond its share by one slice."""
     lines_ahead: int = 512
     """With fewer lines than this ready to be sent, a lane is given another slice."""
 
