@@ -20,6 +20,10 @@ FileId = NewType("FileId", str)
 BatchId = NewType("BatchId", str)
 SliceId = NewType("SliceId", str)
 """`<batch id>:<index>`, the name under which a slice travels through the engine."""
+UploadId = NewType("UploadId", str)
+PartId = NewType("PartId", str)
+WebhookId = NewType("WebhookId", str)
+DeliveryId = NewType("DeliveryId", str)
 
 
 class BatchStatus(StrEnum):
@@ -155,6 +159,78 @@ class File:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Once:
+    """What tells a request that creates something from the same request sent again.
+
+    A creation is kept under the fingerprint of what was asked. It answers a later request
+
+    - of the same key, for `KEY_LIFE_S`; another fingerprint under that key is refused;
+    - without a key but of the same fingerprint, for `RETRY_LIFE_S`, if that request says that
+      it is sent again, or if the creation was asked for by one that says so and that came
+      while this one was still at work: a client gave up on this one and has its answer.
+    """
+
+    fingerprint: str
+    """SHA-256 in hex of all that the client asked for."""
+    key: str | None = None
+    """The client's `Idempotency-Key`."""
+    is_retry: bool = False
+    """Whether the client says that it asks again (`x-stainless-retry-count` from 1)."""
+    began_at: float
+    """When the request arrived."""
+
+
+KEY_LIFE_S = 86400
+"""How long an `Idempotency-Key` is remembered."""
+RETRY_LIFE_S = 900
+"""How long a creation answers requests that are sent again: longer than the 600 s for which
+OpenAI's clients wait before they do."""
+
+
+class UploadStatus(StrEnum):
+    """Where an upload in parts stands. The values are the wire's."""
+
+    PENDING = "pending"  # takes parts, until its hour is over
+    COMPLETED = "completed"  # its file is there. Final
+    CANCELLED = "cancelled"  # final
+    EXPIRED = "expired"  # it was not completed in time. Final
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upload:
+    """A file that arrives in parts."""
+
+    id: UploadId
+    project_id: ProjectId
+    status: UploadStatus = UploadStatus.PENDING
+    purpose: Purpose
+    filename: str
+    mime_type: str
+    bytes: int
+    """How large the file is to be, as its uploader said beforehand."""
+    file_life_s: int | None = None
+    """How long the file is to be kept; None means as long as files of its purpose are."""
+    created_at: int
+    expires_at: int
+    """Until when it can be completed."""
+    part_ids: tuple[PartId, ...] = ()
+    """The parts that the file was made of, in order; empty before."""
+    file: File | None = None
+    """The file it became; None before, and once that file was deleted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A part of an upload and where its bytes lie, until the upload has ended."""
+
+    id: PartId
+    upload_id: UploadId
+    bytes: int
+    blob_key: str
+    created_at: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """Tokens, summed over replies. Missing figures count as 0."""
 
@@ -205,12 +281,15 @@ class Batch:
     """As the client wrote it."""
     input_file_id: FileId
     input_blob_key: str
-    """The bytes of the input file, so that a batch outlives the deletion of its `File`."""
+    """The bytes of the input file, so that a batch outlives the deletion of its `File`; empty
+    if there was no such file, which its reader finds out."""
     completion_window: str
     expires_at: int
     created_at: int
     job_name: str | None = None
     metadata: dict[str, str] | None = None
+    output_life_s: int | None = None
+    """How long its result files are kept, from their creation; None means as long as usual."""
     model: str | None = None
     """The model of all its lines; None while it is not known and where they differ."""
     faults: tuple[Fault, ...] = ()
@@ -267,6 +346,53 @@ def parse_slice_id(name: str) -> tuple[BatchId, int]:
     return BatchId(batch_id), int(index)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Webhook:
+    """A place that is told when batches of a project end."""
+
+    id: WebhookId
+    project_id: ProjectId
+    url: str
+
+
+class DeliveryStatus(StrEnum):
+    """Where the delivery of an event to a webhook stands."""
+
+    PENDING = "pending"  # waits for its next attempt
+    DELIVERED = "delivered"  # the webhook answered 2xx. Final
+    FAILED = "failed"  # given up. Final, unless somebody replays it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """An event on its way to one webhook."""
+
+    id: DeliveryId
+    """The `webhook-id` of every attempt."""
+    webhook_id: WebhookId
+    project_id: ProjectId
+    url: str
+    batch_id: BatchId
+    event: str
+    """Such as `batch.completed`."""
+    payload: str
+    """The body of every attempt, JSON."""
+    status: DeliveryStatus = DeliveryStatus.PENDING
+    attempts: int = 0
+    """How often it was tried since it was queued."""
+    created_at: int
+    queued_at: int
+    """When its time to be tried began: its creation, or the last replay."""
+    next_attempt_at: float | None
+    """None unless it is pending."""
+    ended_at: int | None = None
+    last_attempt_at: int | None = None
+    last_status_code: int | None = None
+    """The HTTP status of the last attempt; None if there was no answer or no attempt yet."""
+    last_error: str | None = None
+    """Why the last attempt failed, in a sentence; None if it did not."""
+
+
 class JobKind(StrEnum):
     """What the engine hands out. A job carries an ID and nothing else."""
 
@@ -274,6 +400,7 @@ class JobKind(StrEnum):
     SLICE = "slice"  # a slice is to be run
     FINALIZE = "finalize"  # a batch may be ready to end: see what is missing, write its files
     EXPIRE = "expire"  # a batch's completion window closes
+    WEBHOOK = "webhook"  # an event is to be delivered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

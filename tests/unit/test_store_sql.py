@@ -29,6 +29,8 @@ from penstock.testing.store import (
     new_file,
     start,
 )
+from penstock.testing.store_creations import CreationContract
+from penstock.testing.store_webhooks import WebhookContract
 
 VERSIONS = Path(migrations.__file__).parent / "versions"
 
@@ -60,7 +62,7 @@ async def other(path: Path, store: SqlStore) -> AsyncIterator[SqlStore]:
     await other.close()
 
 
-class TestSqlStore(StoreContract):
+class TestSqlStore(StoreContract, CreationContract, WebhookContract):
     @pytest.fixture
     async def store(self, path: Path, jobs: RecordedJobs) -> AsyncIterator[SqlStore]:
         store = SqlStore(f"sqlite:///{path}", jobs=jobs)

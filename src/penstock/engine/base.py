@@ -27,7 +27,7 @@ class Engine(Protocol):
         """Take over jobs.
 
         A job of the same kind and ID that waits already is not taken twice. One that is
-        being done is: the new one is handed out after it.
+        being done is: the new one, of several the one due first, is handed out after it.
 
         Args:
             connection: The database connection whose open transaction the jobs belong to;

@@ -40,7 +40,7 @@ class MemoryEngine:
         self._queue.qm.min_dequeue_poll_interval = timedelta(seconds=_LOOK_AGAIN_S)
         self._waiting: dict[_Key, JobId] = {}
         self._doing: dict[_Key, JobId] = {}
-        self._again: set[_Key] = set()
+        self._again: dict[_Key, Job] = {}
         self._ended = asyncio.Event()
         self._ended.set()
 
@@ -57,7 +57,7 @@ class MemoryEngine:
         for job in jobs:
             key = (job.kind, job.id)
             if key in self._doing:
-                self._again.add(key)
+                self._again[key] = _sooner(job, self._again.get(key))
             elif key not in self._waiting:
                 fresh[key] = job
         if not fresh:
@@ -78,7 +78,7 @@ class MemoryEngine:
         ids: list[JobId] = []
         for job in jobs:
             key = (job.kind, job.id)
-            self._again.discard(key)
+            self._again.pop(key, None)
             if (waiting := self._waiting.pop(key, None)) is not None:
                 ids.append(waiting)
             elif (doing := self._doing.get(key)) is not None:
@@ -113,15 +113,18 @@ class MemoryEngine:
         finally:
             watching.cancel()
             del self._doing[key]
-            if key in self._again:
-                self._again.discard(key)
-                await self.enqueue([Job(kind=key[0], id=key[1])])
+            if (again := self._again.pop(key, None)) is not None:
+                await self.enqueue([again])
 
     async def _forget(self) -> None:
         """Keep PgQueuer's in-memory log of finished jobs from growing for ever."""
         while True:
             await asyncio.sleep(_FORGET_S)
             await self._jobs.clear_queue_log()
+
+
+def _sooner(job: Job, other: Job | None) -> Job:
+    return other if other is not None and (other.due_at or 0) <= (job.due_at or 0) else job
 
 
 async def _watch(scope: anyio.CancelScope, stop: asyncio.Event) -> None:

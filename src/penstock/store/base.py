@@ -18,17 +18,27 @@ from penstock.model import (
     BatchId,
     BatchStatus,
     Counts,
+    Delivery,
+    DeliveryId,
+    DeliveryStatus,
     Fault,
     File,
     FileId,
     Job,
     KeyId,
+    Once,
+    Part,
+    PartId,
     Project,
     ProjectId,
     Purpose,
     Slice,
     SliceId,
+    Upload,
+    UploadId,
+    UploadStatus,
     Usage,
+    Webhook,
 )
 
 
@@ -62,6 +72,10 @@ class BatchFilter:
     job_name: str | None = None
     metadata: dict[str, str] = field(default_factory=dict[str, str])
     """Each of these keys must have this value."""
+    created_after: int | None = None
+    """Unix seconds; batches of this second are shown."""
+    created_before: int | None = None
+    """Unix seconds; batches of this second are not shown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +129,21 @@ class SliceReport:
     ends: bool | None = None
     """True: each line has its reply, the slice has ended. False: the worker gives it back
     unfinished. None: the worker goes on, and its lease is extended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliveryReport:
+    """What one attempt at a delivery brought."""
+
+    id: DeliveryId
+    attempt: int
+    """Which one it was, from 1; fences the report."""
+    at: int
+    status: DeliveryStatus
+    next_attempt_at: float | None = None
+    """None unless `status` is `pending`."""
+    status_code: int | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,8 +211,19 @@ class Store(Protocol):
 
     # Files
 
-    async def add_file(self, file: File) -> None:
-        """Publish a file whose bytes are durable already."""
+    async def add_file(self, file: File, *, once: Once | None = None) -> File:
+        """Publish a file whose bytes are durable already.
+
+        Args:
+            once: What the request is known by, so that it is carried out once.
+
+        Returns:
+            `file`, or the file that an earlier request like this one has made: then nothing
+            was added.
+
+        Raises:
+            Conflict: `once` has the key of a request that asked for something else.
+        """
         ...
 
     async def get_file(self, project_id: ProjectId, file_id: FileId) -> File:
@@ -224,13 +264,75 @@ class Store(Protocol):
         """Files of all projects whose `expires_at` is not after `now`."""
         ...
 
-    # Batches
+    # Uploads
 
-    async def add_batch(self, batch: Batch) -> None:
-        """Add a batch in `validating` and enqueue its `validate` and `expire` jobs with it.
+    async def add_upload(self, upload: Upload, *, once: Once | None = None) -> Upload:
+        """Add an upload without parts. `once`, what is returned and raised: as `add_file`."""
+        ...
+
+    async def get_upload(self, project_id: ProjectId, upload_id: UploadId) -> Upload:
+        """
+        Raises:
+            NotFound: No such upload in this project: `No such Upload object: <id>`.
+        """
+        ...
+
+    async def add_part(
+        self, project_id: ProjectId, part: Part, *, now: int, once: Once | None = None
+    ) -> Part:
+        """Add a part whose bytes are durable already. `once` and what is returned: as
+        `add_file`.
 
         Raises:
-            NotFound: Its input file has been deleted meanwhile; nothing was added.
+            NotFound: No such upload in this project.
+            Conflict: The upload is not pending or its time is over, or as `add_file` has it.
+        """
+        ...
+
+    async def list_parts(self, upload_id: UploadId) -> list[Part]:
+        """The parts of an upload as they came; none once it has ended."""
+        ...
+
+    async def end_upload(
+        self,
+        upload_id: UploadId,
+        to: UploadStatus,
+        *,
+        now: int,
+        part_ids: Sequence[PartId] = (),
+        file: File | None = None,
+    ) -> Upload:
+        """End a pending upload, publish the file it became, forget its parts.
+
+        The caller deletes the bytes of the parts afterwards.
+
+        Returns:
+            The upload as it now stands.
+
+        Raises:
+            NotFound: There is no such upload.
+            Conflict: It is not pending; or it is to be completed and its time is over.
+        """
+        ...
+
+    async def list_late_uploads(self, *, now: int, limit: int) -> list[Upload]:
+        """Pending uploads of all projects whose `expires_at` is not after `now`."""
+        ...
+
+    # Batches
+
+    async def add_batch(
+        self, batch: Batch, *, once: Once | None = None, needs_file: bool = True
+    ) -> Batch:
+        """Add a batch in `validating` and enqueue its `validate` and `expire` jobs with it.
+
+        `once`, what is returned and raised: as `add_file`.
+
+        Args:
+            needs_file: Whether its input file must be there.
+
+        Raises:
+            NotFound: It must, but it has been deleted meanwhile; nothing was added.
         """
         ...
 
@@ -262,7 +364,9 @@ class Store(Protocol):
     ) -> Batch:
         """Move a batch to another status, stamp the time, keep what came along.
 
-        All or nothing. Moving to `finalizing` or `cancelling` enqueues its `finalize` job.
+        All or nothing. Moving to `finalizing` or `cancelling` enqueues its `finalize` job;
+        moving to a final status adds a delivery for each webhook of its project that is in
+        force, and enqueues its `webhook` job.
 
         Returns:
             The batch as it now stands.
@@ -271,6 +375,58 @@ class Store(Protocol):
             Conflict: `TRANSITIONS` has no such move from its present status.
             NotFound: There is no such batch.
         """
+        ...
+
+    # Webhooks
+
+    async def set_webhooks(self, in_force: Sequence[Webhook]) -> None:
+        """Make these and no others the webhooks in force."""
+        ...
+
+    async def list_webhooks(self) -> list[Webhook]:
+        """The webhooks in force, in the order of their first appearance."""
+        ...
+
+    async def get_delivery(self, delivery_id: DeliveryId) -> Delivery:
+        """
+        Raises:
+            NotFound: There is no such delivery.
+        """
+        ...
+
+    async def list_deliveries(
+        self, page: Page, *, status: DeliveryStatus | None = None
+    ) -> list[Delivery]:
+        """Deliveries of all projects, newest first; where `after` is unknown, none."""
+        ...
+
+    async def list_due_deliveries(self, *, until: float | None) -> list[Job]:
+        """The `webhook` jobs of deliveries that are pending.
+
+        Args:
+            until: Only those whose next attempt is not later; None lists all.
+        """
+        ...
+
+    async def report_delivery(self, report: DeliveryReport) -> bool:
+        """Keep what an attempt brought and, if it is to be tried again, enqueue its job.
+
+        Returns:
+            False if the delivery is not pending, or not at this attempt: nothing was changed.
+        """
+        ...
+
+    async def replay_delivery(self, delivery_id: DeliveryId, *, now: int) -> Delivery:
+        """Make a delivery pending and due at once, whatever became of it, as if it were new.
+
+        Raises:
+            NotFound: There is no such delivery.
+        """
+        ...
+
+    async def forget_ended(self, *, ended_before: int, begun_before: float) -> None:
+        """Delete deliveries and uploads that ended before a time, and what was kept of
+        creations whose requests arrived before another."""
         ...
 
     # Slices

@@ -15,11 +15,17 @@ from penstock.model import (
     BatchId,
     BatchStatus,
     Counts,
+    Delivery,
+    DeliveryStatus,
     Fault,
     File,
+    Part,
+    PartId,
     Purpose,
     Slice,
     SliceStatus,
+    Upload,
+    UploadStatus,
     Usage,
     slice_id,
 )
@@ -33,6 +39,9 @@ BATCH_FIELDS = tuple(
     field.name for field in fields(Batch) if field.name not in ("counts", "usage")
 )
 SLICE_FIELDS = tuple(field.name for field in fields(Slice) if field.name != "usage")
+UPLOAD_FIELDS = tuple(field.name for field in fields(Upload) if field.name != "file")
+PART_FIELDS = tuple(field.name for field in fields(Part))
+DELIVERY_FIELDS = tuple(field.name for field in fields(Delivery))
 
 
 def to_file(row: RowMapping) -> File:
@@ -130,3 +139,35 @@ def to_claimed_slice(row: RowMapping) -> ClaimedSlice:
         input_blob_key=row["input_blob_key"],
         expires_at=row["expires_at"],
     )
+
+
+def to_upload(row: RowMapping) -> Upload:
+    """An upload and, as `file_...`, the file that it became, if that is still there."""
+    values = {name: row[name] for name in UPLOAD_FIELDS}
+    values["status"] = UploadStatus(row["status"])
+    values["purpose"] = Purpose(row["purpose"])
+    values["part_ids"] = tuple(PartId(id_) for id_ in row["part_ids"])
+    if row["found_file_id"] is not None:
+        found = {name: row[f"file_{name}"] for name in FILE_FIELDS}
+        found["purpose"] = Purpose(row["file_purpose"])
+        values["file"] = File(**found)
+    return Upload(**values)
+
+
+def upload_values(upload: Upload) -> dict[str, Any]:
+    values = {name: getattr(upload, name) for name in UPLOAD_FIELDS}
+    return values | {"part_ids": list(upload.part_ids)}
+
+
+def to_part(row: RowMapping) -> Part:
+    return Part(**row)
+
+
+def part_values(part: Part) -> dict[str, Any]:
+    return {name: getattr(part, name) for name in PART_FIELDS}
+
+
+def to_delivery(row: RowMapping) -> Delivery:
+    values = dict(row)
+    values["status"] = DeliveryStatus(row["status"])
+    return Delivery(**values)

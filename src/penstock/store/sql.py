@@ -4,23 +4,19 @@ What a database does in its own way stands in `sqlite`. A read is one statement 
 sees one moment; a write locks the rows that it decides about before it decides.
 """
 
-import asyncio
 import secrets
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
 from sqlalchemy import (
     Connection,
-    Executable,
     RowMapping,
-    Table,
     and_,
     bindparam,
     delete,
     exists,
     func,
     insert,
-    make_url,
     or_,
     select,
     union,
@@ -29,7 +25,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.sqlite import insert as upsert
 from sqlalchemy.sql import ColumnElement
 
-from penstock.errors import Conflict, InvalidSettings, NotFound
+from penstock.errors import Conflict, NotFound
 from penstock.model import (
     FINAL,
     TRANSITIONS,
@@ -42,6 +38,7 @@ from penstock.model import (
     Job,
     JobKind,
     KeyId,
+    Once,
     Project,
     ProjectId,
     Purpose,
@@ -49,17 +46,16 @@ from penstock.model import (
     SliceId,
     SliceStatus,
 )
-from penstock.store import migrations
 from penstock.store.base import (
     Backlog,
     BatchChange,
     BatchFilter,
     ClaimedSlice,
-    JobSink,
     Page,
     SliceReport,
     SliceTally,
 )
+from penstock.store.creations import create_once
 from penstock.store.rows import (
     FIGURES,
     FILE_FIELDS,
@@ -76,19 +72,18 @@ from penstock.store.rows import (
     to_slice,
     usage_values,
 )
-from penstock.store.sqlite import SqliteDatabase
-from penstock.store.tables import api_keys, batches, files, projects, slices
+from penstock.store.sql_uploads import UploadStore
+from penstock.store.sql_webhooks import WebhookStore, add_deliveries
+from penstock.store.tables import api_keys, batches, files, projects, slices, upload_parts
+from penstock.store.transactions import after, portions
 
 T = TypeVar("T")
-
-_MOST_IDS = 1000
-"""How many IDs one statement names; SQLite takes 32,766 values."""
 
 _UNFINISHED = [status for status in BatchStatus if status not in FINAL]
 _CLAIMABLE = [BatchStatus.IN_PROGRESS, BatchStatus.FINALIZING]
 
 
-class SqlStore:
+class SqlStore(UploadStore, WebhookStore):
     """A `Store` in an SQL database.
 
     Args:
@@ -99,31 +94,6 @@ class SqlStore:
     Raises:
         InvalidSettings: `url` names no file of an SQLite database.
     """
-
-    def __init__(self, url: str, *, jobs: JobSink | None = None) -> None:
-        place = make_url(url)
-        if place.get_backend_name() != "sqlite" or place.database in (None, "", ":memory:"):
-            raise InvalidSettings(
-                f"The database URL {place.render_as_string()} is none that Penstock can use: "
-                "it must be of the form sqlite:////folder/penstock.db."
-            )
-        self._db = SqliteDatabase(place.set(drivername="sqlite"))
-        self._jobs = jobs
-        self._writes: set[asyncio.Task[Any]] = set()
-
-    async def open(self) -> None:
-        try:
-            await self._write(migrations.upgrade)
-        except Exception:
-            await self.close()
-            raise
-
-    async def close(self) -> None:
-        await asyncio.gather(*self._writes, return_exceptions=True)
-        await self._db.close()
-
-    async def ping(self) -> None:
-        await self._write(lambda db: db.exec_driver_sql(_TOUCH), durable=False)
 
     # Projects and keys
 
@@ -176,8 +146,20 @@ class SqlStore:
 
     # Files
 
-    async def add_file(self, file: File) -> None:
-        await self._write(lambda db: db.execute(insert(files), file_values(file)))
+    async def add_file(self, file: File, *, once: Once | None = None) -> File:
+        def work(db: Connection) -> File:
+            def add() -> tuple[str, File]:
+                db.execute(insert(files), file_values(file))
+                return file.id, file
+
+            def load(id_: str) -> File | None:
+                key = {"project_id": file.project_id, "id": id_}
+                row = db.execute(_GET_FILE, key).mappings().one_or_none()
+                return None if row is None else to_file(row)
+
+            return create_once(db, file.project_id, once, load=load, add=add)
+
+        return await self._write(work)
 
     async def get_file(self, project_id: ProjectId, file_id: FileId) -> File:
         rows = await self._read(_GET_FILE, {"project_id": project_id, "id": file_id})
@@ -190,7 +172,7 @@ class SqlStore:
     ) -> list[File]:
         statement = _FILES.where(
             files.c.project_id == project_id,
-            *_after(files, project_id, page.after, descending=newest_first),
+            *after(files, project_id, page.after, descending=newest_first),
         )
         if purpose is not None:
             statement = statement.where(files.c.purpose == purpose)
@@ -213,7 +195,7 @@ class SqlStore:
 
     async def unused_blobs(self, keys: Collection[str]) -> set[str]:
         unused = set(keys)
-        for some in _portions(list(keys)):
+        for some in portions(list(keys)):
             rows = await self._read(_USED_BLOBS, {"keys": some})
             unused.difference_update(row["blob_key"] for row in rows)
         return unused
@@ -224,19 +206,27 @@ class SqlStore:
 
     # Batches
 
-    async def add_batch(self, batch: Batch) -> None:
-        jobs = [
-            Job(kind=JobKind.VALIDATE, id=batch.id),
-            Job(kind=JobKind.EXPIRE, id=batch.id, due_at=batch.expires_at),
-        ]
+    async def add_batch(
+        self, batch: Batch, *, once: Once | None = None, needs_file: bool = True
+    ) -> Batch:
+        jobs: list[Job] = []
 
-        def work(db: Connection) -> None:
-            key = {"project_id": batch.project_id, "id": batch.input_file_id}
-            if db.execute(_GET_FILE, key).first() is None:
-                raise _no_file(batch.input_file_id)
-            db.execute(insert(batches), batch_values(batch))
+        def work(db: Connection) -> Batch:
+            def add() -> tuple[str, Batch]:
+                key = {"project_id": batch.project_id, "id": batch.input_file_id}
+                if needs_file and db.execute(_GET_FILE, key).first() is None:
+                    raise _no_file(batch.input_file_id)
+                db.execute(insert(batches), batch_values(batch))
+                jobs.append(Job(kind=JobKind.VALIDATE, id=batch.id))
+                jobs.append(Job(kind=JobKind.EXPIRE, id=batch.id, due_at=batch.expires_at))
+                return batch.id, batch
 
-        await self._write(work, jobs=jobs)
+            def load(id_: str) -> Batch:
+                return _load_batch(db, BatchId(id_))
+
+            return create_once(db, batch.project_id, once, load=load, add=add)
+
+        return await self._write(work, jobs=jobs)
 
     async def get_batch(
         self, batch_id: BatchId, *, project_id: ProjectId | None = None
@@ -251,7 +241,7 @@ class SqlStore:
     ) -> list[Batch]:
         shown = select(batches.c.seq).where(
             batches.c.project_id == project_id,
-            *_after(batches, project_id, page.after, descending=True),
+            *after(batches, project_id, page.after, descending=True),
             *_matches(where),
         )
         shown = shown.order_by(batches.c.seq.desc()).limit(page.limit)
@@ -285,7 +275,10 @@ class SqlStore:
             if change.slices:
                 db.execute(insert(slices), [slice_values(batch_id, s) for s in change.slices])
             db.execute(update(batches).where(batches.c.id == batch_id).values(values))
-            return _load_batch(db, batch_id)
+            batch = _load_batch(db, batch_id)
+            if to in FINAL:
+                jobs.extend(add_deliveries(db, batch, now=now))
+            return batch
 
         return await self._write(work, jobs=jobs)
 
@@ -314,12 +307,12 @@ class SqlStore:
     ) -> list[ClaimedSlice]:
         def work(db: Connection) -> list[ClaimedSlice]:
             claimed: dict[SliceId, ClaimedSlice] = {}
-            for some in _portions(ids):
+            for some in portions(ids):
                 due = db.execute(_DUE_SLICES, {"ids": some, "now": now}).mappings().all()
                 claims = [to_claimed_slice(row) for row in due]
                 claimed.update((claim.slice.id, claim) for claim in claims)
             held = {"worker": worker_id, "until": now + lease_s}
-            for some in _portions(list(claimed)):
+            for some in portions(list(claimed)):
                 db.execute(_CLAIM_SLICES, {**held, "ids": some})
             return [claimed.pop(id) for id in ids if id in claimed]
 
@@ -332,7 +325,7 @@ class SqlStore:
 
         def work(db: Connection) -> set[SliceId]:
             held: dict[SliceId, RowMapping] = {}
-            for some in _portions([report.id for report in reports]):
+            for some in portions([report.id for report in reports]):
                 rows = db.execute(_HELD_SLICES, {"ids": some}).mappings()
                 held.update((row["id"], row) for row in rows)
             lost: set[SliceId] = set()
@@ -359,7 +352,7 @@ class SqlStore:
 
     async def reopen_slices(self, ids: Sequence[SliceId]) -> None:
         def work(db: Connection) -> None:
-            for some in _portions(ids):
+            for some in portions(ids):
                 db.execute(_REOPEN_SLICES, {"ids": some})
 
         await self._write(work, durable=False)
@@ -375,43 +368,8 @@ class SqlStore:
         key = {"batch_id": batch_id}
         await self._write(lambda db: db.execute(_FORGET_SLICES, key), durable=False)
 
-    # Transactions
-
-    async def _read(
-        self, statement: Executable, values: Mapping[str, object] | None = None
-    ) -> Sequence[RowMapping]:
-        return await self._db.read(lambda db: db.execute(statement, values).mappings().all())
-
-    async def _write(
-        self,
-        work: Callable[[Connection], T],
-        *,
-        jobs: Sequence[Job] = (),
-        durable: bool = True,
-    ) -> T:
-        """Run `work` as one transaction, then enqueue `jobs`, to which `work` may add.
-
-        A task of its own sees both through when the caller is cancelled: a change without
-        its jobs would leave a batch standing until the next start.
-        """
-        task = asyncio.create_task(self._transact(work, jobs, durable))
-        self._writes.add(task)
-        task.add_done_callback(self._writes.discard)
-        return await asyncio.shield(task)
-
-    async def _transact(
-        self, work: Callable[[Connection], T], jobs: Sequence[Job], durable: bool
-    ) -> T:
-        result = await self._db.write(work, durable=durable)
-        # An engine beside SQLite has no part in the transaction: it learns of it afterwards.
-        if jobs and self._jobs is not None:
-            await self._jobs.enqueue(jobs)
-        return result
-
 
 # Statements, in the order of the methods
-
-_TOUCH = "UPDATE alembic_version SET version_num = version_num"
 
 _KEYS = select(
     api_keys.c.id,
@@ -434,6 +392,9 @@ _GET_FILE = _FILES.where(
 
 _USED_BLOBS = union(
     select(files.c.blob_key).where(files.c.blob_key.in_(bindparam("keys", expanding=True))),
+    select(upload_parts.c.blob_key).where(
+        upload_parts.c.blob_key.in_(bindparam("keys", expanding=True))
+    ),
     select(batches.c.input_blob_key).where(
         batches.c.input_blob_key.in_(bindparam("keys", expanding=True)),
         batches.c.status.in_(_UNFINISHED),
@@ -642,32 +603,16 @@ def _has_metadata(key: str, value: str) -> ColumnElement[bool]:
     return exists().select_from(entry).where(entry.c.key == key, entry.c.value == value)
 
 
-def _portions(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    """The items in runs that one statement can name."""
-    for start in range(0, len(items), _MOST_IDS):
-        yield items[start : start + _MOST_IDS]
-
-
-def _after(
-    table: Table, project_id: ProjectId, after: str | None, *, descending: bool
-) -> list[ColumnElement[bool]]:
-    """The condition that a page begins after an ID; nothing is after one that is not there."""
-    if after is None:
-        return []
-    place = (
-        select(table.c.seq)
-        .where(table.c.id == after, table.c.project_id == project_id)
-        .scalar_subquery()
-    )
-    return [table.c.seq < place if descending else table.c.seq > place]
-
-
 def _matches(where: BatchFilter) -> list[ColumnElement[bool]]:
     conditions = [_has_metadata(key, value) for key, value in where.metadata.items()]
     if where.status is not None:
         conditions.append(batches.c.status == where.status)
     if where.job_name is not None:
         conditions.append(batches.c.job_name == where.job_name)
+    if where.created_after is not None:
+        conditions.append(batches.c.created_at >= where.created_after)
+    if where.created_before is not None:
+        conditions.append(batches.c.created_at < where.created_before)
     return conditions
 
 

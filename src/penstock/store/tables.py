@@ -13,6 +13,7 @@ from enum import StrEnum
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     Double,
@@ -24,7 +25,7 @@ from sqlalchemy import (
     Text,
 )
 
-from penstock.model import BatchStatus, SliceStatus
+from penstock.model import BatchStatus, DeliveryStatus, SliceStatus, UploadStatus
 
 NAMING = {
     "pk": "pk_%(table_name)s",
@@ -129,6 +130,7 @@ batches = Table(
     Column("completed", BigInteger, nullable=False),
     Column("failed", BigInteger, nullable=False),
     *_tokens(),
+    Column("output_life_s", BigInteger),
     _one_of("status", BatchStatus),
     CheckConstraint("completed >= 0 AND failed >= 0", name="counts"),
     CheckConstraint("completed + failed <= total", name="total"),
@@ -168,4 +170,95 @@ slices = Table(
     CheckConstraint("(status = 'running') = (worker_id IS NOT NULL)", name="worker"),
     CheckConstraint("(status = 'running') = (lease_expires_at IS NOT NULL)", name="lease"),
     Index("ix_slices_status", "batch_id", "status", "index"),
+)
+
+uploads = Table(
+    "uploads",
+    metadata,
+    Column("seq", Seq, primary_key=True),
+    Column("id", Text, nullable=False, unique=True),
+    Column("project_id", Text, ForeignKey("projects.id"), nullable=False),
+    Column("status", Text, nullable=False),
+    Column("purpose", Text, nullable=False),
+    Column("filename", Text, nullable=False),
+    Column("mime_type", Text, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("file_life_s", BigInteger),
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+    Column("ended_at", BigInteger),
+    Column("part_ids", JSON, nullable=False),
+    # No foreign key: the file may be deleted.
+    Column("file_id", Text),
+    _one_of("status", UploadStatus),
+    CheckConstraint("bytes >= 0", name="bytes"),
+    CheckConstraint("(status = 'pending') = (ended_at IS NULL)", name="ended"),
+    CheckConstraint("(status = 'completed') = (file_id IS NOT NULL)", name="file"),
+    Index("ix_uploads_status", "status", "expires_at"),
+)
+
+upload_parts = Table(
+    "upload_parts",
+    metadata,
+    Column("seq", Seq, primary_key=True),
+    Column("id", Text, nullable=False, unique=True),
+    Column("upload_id", Text, ForeignKey("uploads.id"), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("blob_key", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    CheckConstraint("bytes >= 0", name="bytes"),
+    Index("ix_upload_parts_upload", "upload_id", "seq"),
+    Index("ix_upload_parts_blob", "blob_key"),
+)
+
+creations = Table(
+    "creations",
+    metadata,
+    Column("seq", Seq, primary_key=True),
+    Column("project_id", Text, ForeignKey("projects.id"), nullable=False),
+    Column("fingerprint", Text, nullable=False),
+    Column("key", Text),
+    Column("is_retry", Boolean, nullable=False),
+    Column("object_id", Text, nullable=False),
+    Column("began_at", Double, nullable=False),
+    Index("ix_creations_fingerprint", "project_id", "fingerprint", "seq"),
+    Index("ix_creations_key", "project_id", "key", "seq"),
+    Index("ix_creations_age", "began_at"),
+)
+
+webhooks = Table(
+    "webhooks",
+    metadata,
+    Column("seq", Seq, primary_key=True),
+    Column("id", Text, nullable=False, unique=True),
+    Column("project_id", Text, ForeignKey("projects.id"), nullable=False),
+    Column("url", Text, nullable=False),
+    Column("is_in_force", Boolean, nullable=False),
+    Index("ix_webhooks_project", "project_id"),
+)
+
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("seq", Seq, primary_key=True),
+    Column("id", Text, nullable=False, unique=True),
+    Column("webhook_id", Text, ForeignKey("webhooks.id"), nullable=False),
+    Column("batch_id", Text, ForeignKey("batches.id"), nullable=False),
+    Column("event", Text, nullable=False),
+    Column("payload", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("queued_at", BigInteger, nullable=False),
+    Column("next_attempt_at", Double),
+    Column("ended_at", BigInteger),
+    Column("last_attempt_at", BigInteger),
+    Column("last_status_code", Integer),
+    Column("last_error", Text),
+    _one_of("status", DeliveryStatus),
+    CheckConstraint("attempts >= 0", name="attempts"),
+    CheckConstraint("(status = 'pending') = (next_attempt_at IS NOT NULL)", name="next"),
+    CheckConstraint("(status = 'pending') = (ended_at IS NULL)", name="ended"),
+    Index("ix_deliveries_status", "status", "next_attempt_at"),
+    Index("ix_deliveries_ended", "ended_at"),
 )

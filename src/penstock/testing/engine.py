@@ -202,6 +202,25 @@ class EngineContract:
         assert hands.begun == [named(B), named(A)]
         assert begun_at >= due_at
 
+    async def test_a_job_that_is_being_done_may_ask_for_itself_at_a_later_time(
+        self, engine: Engine, hands: Hands
+    ) -> None:
+        due_at = time.time() + 0.3
+        begun_at: list[float] = []
+
+        async def ask_again(job: str, stop: asyncio.Event) -> None:
+            begun_at.append(time.time())
+            if len(begun_at) == 1:
+                await engine.enqueue([Job(kind=A.kind, id=A.id, due_at=due_at + FAR_S)])
+                await engine.enqueue([Job(kind=A.kind, id=A.id, due_at=due_at)])
+
+        hands.act = ask_again
+        async with running(engine):
+            await engine.enqueue([A])
+            await hands.until(lambda: hands.ended == [named(A)] * 2)
+
+        assert begun_at[1] >= due_at
+
     async def test_a_job_that_has_long_been_due_is_handed_out(
         self, engine: Engine, hands: Hands
     ) -> None:

@@ -512,6 +512,7 @@ class StoreContract:
             new_batch(new_file(red)),
             job_name="nightly",
             metadata={"team": "Zoë", 'a "quoted" key': "\\ \n €"},
+            output_life_s=3600,
             model="small",
         )
 
@@ -620,6 +621,23 @@ class StoreContract:
         assert await listed({"team": "zoë"}) == []
         assert await listed({"Zoë": "team"}) == []
         assert await listed({'a "quoted" $.key': "\\"}) == ["batch-3"]
+
+    async def test_batches_are_listed_by_the_time_of_their_creation(
+        self, store: Store, red: Project
+    ) -> None:
+        file = new_file(red)
+        await store.add_file(file)
+        for name, created_at in (("batch-1", NOON), ("batch-2", NOON + 1)):
+            await store.add_batch(replace(new_batch(file, name), created_at=created_at))
+
+        async def listed(after: int | None, before: int | None) -> list[str]:
+            where = BatchFilter(created_after=after, created_before=before)
+            return await names_of_batches(store, red.id, where)
+
+        assert await listed(NOON, None) == ["batch-2", "batch-1"]
+        assert await listed(NOON + 1, None) == ["batch-2"]
+        assert await listed(None, NOON + 1) == ["batch-1"]
+        assert await listed(NOON, NOON) == []
 
     async def test_unfinished_batches_of_all_projects_are_listed_oldest_first(
         self, store: Store
