@@ -5,12 +5,15 @@ IDs cannot be probed. Nothing here runs a line: a batch that was created here is
 store by the executor.
 """
 
+import hashlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
+
+import msgspec
 
 from penstock.blobs.base import Blobs
 from penstock.errors import (
@@ -31,6 +34,7 @@ from penstock.model import (
     BatchStatus,
     File,
     FileId,
+    Once,
     ProjectId,
     Purpose,
     find_endpoint,
@@ -43,6 +47,7 @@ MAX_METADATA_PAIRS = 16
 MAX_METADATA_KEY_CHARS = 64
 MAX_METADATA_VALUE_CHARS = 512
 MAX_JOB_NAME_CHARS = 256
+_STRICT_WINDOW = "24h"
 NOT_DOWNLOADABLE = frozenset({Purpose.ASSISTANTS, Purpose.USER_DATA})
 """Purposes whose bytes the API never gives back, as OpenAI's does not."""
 
@@ -61,6 +66,9 @@ class ServiceLimits:
     max_completion_window: str = "30d"
     input_file_life_s: int = 30 * 86400
     """After how long a file of purpose `batch` expires, unless its uploader says otherwise."""
+    is_strict: bool = False
+    """Whether to refuse what OpenAI refuses, and to take what it takes: a batch lasts 24 hours,
+    and one of an unknown input file is created, and fails."""
 
 
 class ModelInfo(Protocol):
@@ -92,6 +100,26 @@ class PartialResults(Protocol):
         None, if it became final meanwhile.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What tells a request that creates something from the same request sent again."""
+
+    at: float
+    """When it arrived."""
+    key: str | None = None
+    """The client's `Idempotency-Key`."""
+    is_retry: bool = False
+    """Whether the client says that it asks again."""
+
+    def once(self, *what: object) -> Once:
+        """The same with the fingerprint of what is asked for: values that JSON can hold."""
+        text = msgspec.json.encode(what, order="deterministic")
+        fingerprint = hashlib.sha256(text).hexdigest()
+        return Once(
+            fingerprint=fingerprint, key=self.key, is_retry=self.is_retry, began_at=self.at
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,11 +176,21 @@ class Service:
 
     # Files
 
-    async def create_file(self, project_id: ProjectId, form: FileForm) -> File:
+    async def create_file(
+        self, project_id: ProjectId, form: FileForm, *, asked: Asked | None = None
+    ) -> File:
         """Store the file of a form that is arriving, in bounded memory.
+
+        Args:
+            asked: What tells the request from the same one sent again; None creates a file in
+                any case.
+
+        Returns:
+            The file, or the one that an earlier request like this one has made.
 
         Raises:
             InvalidRequest: The form, the file or a field is not allowed; nothing is kept.
+            Conflict: The request's key was used for another file; nothing is kept.
         """
         file_id = FileId(f"file-{secrets.token_hex(16)}")
         blob_key = f"files/{file_id}"
@@ -176,22 +214,28 @@ class Service:
             created_at=now,
             expires_at=None if life_s is None else now + life_s,
         )
-        await self._publish(file)
-        return file
+        once = asked and asked.once("file", file.filename, file.purpose, life_s, file.sha256)
+        return await self._publish(file, once)
 
     def _default_life_s(self, purpose: Purpose) -> int | None:
         return self._limits.input_file_life_s if purpose is Purpose.BATCH else None
 
-    async def _publish(self, file: File) -> None:
+    async def _publish(self, file: File, once: Once | None) -> File:
         try:
-            await self._store.add_file(file)
-        except StorageUnavailable:
-            # The transaction may have been kept although its answer was lost, and then the
-            # bytes must stay. What is left behind here is found by upkeep.
-            with suppress(StorageUnavailable):
-                unused = await self._store.unused_blobs({file.blob_key})
-                await self._blobs.delete(list(unused))
+            published = await self._store.add_file(file, once=once)
+        except (Conflict, StorageUnavailable):
+            await self._discard(file)
             raise
+        if published.id != file.id:
+            await self._discard(file)
+        return published
+
+    async def _discard(self, file: File) -> None:
+        # A transaction may have been kept although its answer was lost, and then the bytes
+        # must stay. What is left behind here is found by upkeep.
+        with suppress(StorageUnavailable):
+            unused = await self._store.unused_blobs({file.blob_key})
+            await self._blobs.delete(list(unused))
 
     async def get_file(self, project_id: ProjectId, file_id: str) -> File:
         """
@@ -282,23 +326,68 @@ class Service:
         job_name: str | None = None,
         metadata: Mapping[str, str] | None = None,
         default_metadata: Mapping[str, str] | None = None,
+        output_life_s: int | None = None,
+        asked: Asked | None = None,
     ) -> Batch:
         """Create a batch; whether its file is good is found out later.
 
         Args:
             completion_window: Such as `24h`; None means the default.
             default_metadata: Pairs for the keys that `metadata` does not have.
+            output_life_s: How long its result files are to be kept, from their creation, in
+                seconds; None means as long as usual.
+            asked: What tells the request from the same one sent again; None creates a batch
+                in any case.
+
+        Returns:
+            The batch, or the one that an earlier request like this one has made.
 
         Raises:
             InvalidRequest: A value is not allowed.
-            NotFound: No such input file in this project.
+            NotFound: No such input file in this project; if strict, such a batch fails.
+            Conflict: The request's key was used for another batch.
         """
         _check_endpoint(endpoint)
         window, window_s = self._read_window(completion_window)
         merged = merge_metadata(metadata, default_metadata)
         if job_name is not None:
             check_text(job_name, param="job_name", max_chars=MAX_JOB_NAME_CHARS)
-        file = await self._find_file(project_id, input_file_id, param="input_file_id")
+        once = asked and asked.once(
+            "batch", input_file_id, endpoint, window, job_name, merged, output_life_s
+        )
+        file = await self._find_input(project_id, input_file_id)
+        now = int(self._clock())
+        batch = Batch(
+            id=BatchId(f"batch_{secrets.token_hex(16)}"),
+            project_id=project_id,
+            status=BatchStatus.VALIDATING,
+            endpoint=endpoint,
+            input_file_id=FileId(input_file_id),
+            input_blob_key="" if file is None else file.blob_key,
+            completion_window=window,
+            expires_at=now + window_s,
+            created_at=now,
+            job_name=job_name,
+            metadata=merged,
+            output_life_s=output_life_s,
+        )
+        try:
+            needs_file = not self._limits.is_strict
+            return await self._store.add_batch(batch, once=once, needs_file=needs_file)
+        except NotFound:
+            raise NotFound(
+                f"No such File object: {input_file_id}", param="input_file_id"
+            ) from None
+
+    async def _find_input(self, project_id: ProjectId, file_id: str) -> File | None:
+        """The input file of a new batch; None if it is not there, which the store decides
+        about: the batch may have been made by an earlier request."""
+        try:
+            file = await self._find_file(project_id, file_id, param="input_file_id")
+        except NotFound:
+            if not _may_be_id(file_id):
+                raise
+            return None
         if file.purpose is not Purpose.BATCH:
             raise InvalidRequest(
                 f"Invalid input file '{file.id}': its purpose is '{file.purpose}', "
@@ -306,29 +395,12 @@ class Service:
                 param="input_file_id",
                 code="invalid_value",
             )
-
-        now = int(self._clock())
-        batch = Batch(
-            id=BatchId(f"batch_{secrets.token_hex(16)}"),
-            project_id=project_id,
-            status=BatchStatus.VALIDATING,
-            endpoint=endpoint,
-            input_file_id=file.id,
-            input_blob_key=file.blob_key,
-            completion_window=window,
-            expires_at=now + window_s,
-            created_at=now,
-            job_name=job_name,
-            metadata=merged,
-        )
-        try:
-            await self._store.add_batch(batch)
-        except NotFound:
-            raise NotFound(f"No such File object: {file.id}", param="input_file_id") from None
-        return batch
+        return file
 
     def _read_window(self, text: str | None) -> tuple[str, int]:
         window = self._limits.default_completion_window if text is None else text
+        if self._limits.is_strict and window != _STRICT_WINDOW:
+            raise unsupported(window, [_STRICT_WINDOW], param="completion_window")
         longest = self._limits.max_completion_window
         window_s = parse_window(window)
         if window_s is None or window_s > (parse_window(longest) or 0):

@@ -348,10 +348,37 @@ WRONG_BODIES: list[tuple[dict[str, Any], str, str, str]] = [
         "Unknown parameter: 'colour'.",
     ),
     (
-        {"output_expires_after": {"anchor": "created_at", "seconds": 3600}},
+        {"output_expires_after": 3600},
         "output_expires_after",
-        "unknown_parameter",
-        "Unknown parameter: 'output_expires_after'.",
+        "invalid_type",
+        "Invalid type for 'output_expires_after': expected an object, but got an integer "
+        "instead.",
+    ),
+    (
+        {"output_expires_after": {"anchor": "completed_at", "seconds": 3600}},
+        "output_expires_after.anchor",
+        "invalid_value",
+        "Invalid value: 'completed_at'. Supported values are: 'created_at'.",
+    ),
+    (
+        {"output_expires_after": {"anchor": "created_at"}},
+        "output_expires_after.seconds",
+        "missing_required_parameter",
+        "Missing required parameter: 'output_expires_after.seconds'.",
+    ),
+    (
+        {"output_expires_after": {"anchor": "created_at", "seconds": 3599}},
+        "output_expires_after.seconds",
+        "integer_below_min_value",
+        "Invalid 'output_expires_after.seconds': integer below minimum value. Expected a "
+        "value >= 3600, but got 3599 instead.",
+    ),
+    (
+        {"output_expires_after": {"anchor": "created_at", "seconds": 2592001}},
+        "output_expires_after.seconds",
+        "integer_above_max_value",
+        "Invalid 'output_expires_after.seconds': integer above maximum value. Expected a "
+        "value <= 2592000, but got 2592001 instead.",
     ),
 ]
 
@@ -508,6 +535,26 @@ def test_header_and_body_together_hold_to_the_bound(
 
 
 # Lists
+
+
+def test_batches_are_listed_by_the_time_of_their_creation(
+    http: httpx2.Client, tenant: Tenant
+) -> None:
+    batch_id = tenant.add_batch()
+    at = http.get(f"/batches/{batch_id}").json()["created_at"]
+
+    def listed(**where: int) -> list[str]:
+        return [batch["id"] for batch in http.get("/batches", params=where).json()["data"]]
+
+    assert listed(created_after=at, created_before=at + 1) == [batch_id]
+    assert listed(created_after=at + 1) == []
+    assert listed(created_before=at) == []
+
+
+@pytest.mark.parametrize("name", ["created_after", "created_before"])
+@pytest.mark.parametrize("value", ["-1", "soon", "253402300800", "9" * 40])
+def test_a_time_that_is_none_is_refused(http: httpx2.Client, name: str, value: str) -> None:
+    assert error_of(http.get("/batches", params={name: value}))["param"] == name
 
 
 def test_batches_are_listed_newest_first(client: OpenAI, tenant: Tenant) -> None:

@@ -8,6 +8,7 @@ from fastapi.responses import StreamingResponse
 
 from penstock.api.auth import AskedService, AskingProject
 from penstock.api.bodies import parse_json, read_json
+from penstock.api.idempotency import AskedOnce
 from penstock.api.wire import BatchRequest, answer, batch_to_wire, list_to_wire
 from penstock.errors import InvalidRequest
 from penstock.model import BatchStatus
@@ -15,6 +16,8 @@ from penstock.store.base import BatchFilter
 
 METADATA_HEADER = "x-tfy-metadata"
 MAX_HEADER_VALUE_CHARS = 128
+MAX_TIME = 253_402_300_799
+"""The last second of the year 9999, Unix time."""
 _JSONL_TYPES = ("application/jsonl", "application/x-ndjson")
 
 
@@ -22,6 +25,7 @@ async def create_batch(
     request: Request,
     service: AskedService,
     project: AskingProject,
+    asked: AskedOnce,
     x_tfy_metadata: Annotated[str | None, Header()] = None,
 ) -> Response:
     """Create a batch. It is answered at once, in `validating`."""
@@ -34,6 +38,8 @@ async def create_batch(
         job_name=body.job_name,
         metadata=body.metadata,
         default_metadata=_read_metadata_header(x_tfy_metadata),
+        output_life_s=body.output_expires_after and body.output_expires_after.seconds,
+        asked=asked,
     )
     return answer(batch_to_wire(batch))
 
@@ -47,9 +53,17 @@ async def list_batches(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     status: BatchStatus | None = None,
     job_name: str | None = None,
+    created_after: Annotated[int | None, Query(ge=0, le=MAX_TIME)] = None,
+    created_before: Annotated[int | None, Query(ge=0, le=MAX_TIME)] = None,
 ) -> Response:
     """List batches, newest first; `metadata[key]=value` shows those that have this pair."""
-    where = BatchFilter(status=status, job_name=job_name, metadata=_asked_metadata(request))
+    where = BatchFilter(
+        status=status,
+        job_name=job_name,
+        metadata=_asked_metadata(request),
+        created_after=created_after,
+        created_before=created_before,
+    )
     listing = await service.list_batches(project, after=after, limit=limit, where=where)
     data = [batch_to_wire(batch) for batch in listing.items]
     return answer(list_to_wire(data, has_more=listing.has_more))

@@ -9,6 +9,7 @@ from fastapi.responses import StreamingResponse
 from penstock.api.auth import AskedService, AskingProject
 from penstock.api.errors import error_answer
 from penstock.api.forms import read_form
+from penstock.api.idempotency import AskedOnce
 from penstock.api.ranges import Unsatisfiable, parse_range
 from penstock.api.wire import answer, file_to_wire, list_to_wire
 from penstock.model import File, Purpose
@@ -17,14 +18,14 @@ MAX_LIMIT = 10_000
 
 
 async def create_file(
-    request: Request, service: AskedService, project: AskingProject
+    request: Request, service: AskedService, project: AskingProject, asked: AskedOnce
 ) -> Response:
     """Upload a file.
 
     The parts of the form may come in any order; `expires_after[anchor]` and
     `expires_after[seconds]` are optional.
     """
-    file = await service.create_file(project, read_form(request))
+    file = await service.create_file(project, read_form(request), asked=asked)
     return answer(file_to_wire(file))
 
 

@@ -10,8 +10,9 @@ from typing import Literal
 
 import msgspec
 from fastapi import Response
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
+from penstock.intake import MAX_FILE_LIFE_S, MIN_FILE_LIFE_S
 from penstock.model import Batch, Fault, File, Usage
 from penstock.service import ModelInfo
 
@@ -27,6 +28,15 @@ def answer(
     return Response(body, status, dict(headers or {}), "application/json")
 
 
+class ExpiresAfter(BaseModel):
+    """When a file is to be deleted."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    anchor: Literal["created_at"]
+    seconds: int = Field(ge=MIN_FILE_LIFE_S, le=MAX_FILE_LIFE_S)
+
+
 class BatchRequest(BaseModel):
     """What a client sends to create a batch."""
 
@@ -37,6 +47,7 @@ class BatchRequest(BaseModel):
     completion_window: str | None = None
     job_name: str | None = None
     metadata: dict[str, str] | None = None
+    output_expires_after: ExpiresAfter | None = None
 
 
 class RequestCountsShape(BaseModel):

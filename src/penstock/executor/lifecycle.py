@@ -96,7 +96,8 @@ class LifecycleOptions:
     slice_requests: int
     slice_bytes: int
     file_retention_s: int
-    """How long output and error files are kept, from their creation."""
+    """How long output and error files are kept, from their creation, unless a batch says
+    otherwise."""
 
 
 class _Gap(PenstockError):
@@ -163,9 +164,10 @@ class Lifecycle:
             return
         try:
             async with self._reading:
-                checked = await self._check(batch)
+                checked = await self._check(batch) if batch.input_blob_key else None
         except NotFound:
-            checked = _unreadable(batch)
+            checked = None
+        checked = checked or _unreadable(batch)
         now = int(time.time())
         try:
             if checked.faults:
@@ -358,7 +360,7 @@ class Lifecycle:
             sha256=digest.hexdigest(),
             blob_key=key,
             created_at=now,
-            expires_at=now + self._options.file_retention_s,
+            expires_at=now + (batch.output_life_s or self._options.file_retention_s),
         )
 
     async def _pieces(
@@ -427,7 +429,9 @@ class Lifecycle:
         await self._engine.cancel([Job(kind=JobKind.EXPIRE, id=batch.id)])
         await asyncio.to_thread(self._segments.delete, batch.id)
         await self._store.forget_slices(batch.id)
-        await self._blobs.delete(list(await self._store.unused_blobs([batch.input_blob_key])))
+        if batch.input_blob_key:
+            unused = await self._store.unused_blobs([batch.input_blob_key])
+            await self._blobs.delete(list(unused))
 
     async def _iter_slices(self, batch_id: BatchId) -> AsyncIterator[Slice]:
         after = -1
@@ -440,7 +444,8 @@ class Lifecycle:
 def _unreadable(batch: Batch) -> CheckedInput:
     fault = Fault(
         code="invalid_request",
-        message=f"Cannot find file {batch.input_file_id}, or its bytes are gone.",
+        message=f"Cannot find file {batch.input_file_id}, or organization "
+        f"{batch.project_id} does not have access to it.",
         param="file_id",
     )
     return CheckedInput(total=0, faults=[fault], slices=[], models=[], endpoint=None)
