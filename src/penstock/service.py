@@ -279,7 +279,9 @@ class Service:
         """
         file = await self.get_file(project_id, file_id)
         try:
-            unneeded = await self._store.delete_file(project_id, file.id)
+            unneeded = await self._store.delete_file(
+                project_id, file.id, now=int(self._clock())
+            )
         except NotFound:  # another call was faster
             raise NotFound(f"No such File object: {file.id}", param="id") from None
         if unneeded is not None:

@@ -16,6 +16,7 @@ from penstock.model import (
     BatchStatus,
     File,
     FileId,
+    Once,
     ProjectId,
     Purpose,
 )
@@ -52,10 +53,10 @@ class RacedStore(SqlStore):
             await meanwhile()
         return file
 
-    async def add_file(self, file: File) -> None:
+    async def add_file(self, file: File, *, once: Once | None = None) -> File:
         if self.does_add_file_fail:
             raise StorageUnavailable("The database is full.")
-        await super().add_file(file)
+        return await super().add_file(file, once=once)
 
 
 class NoResultsYet:
@@ -195,7 +196,9 @@ async def test_a_batch_is_not_created_from_a_file_that_is_deleted_meanwhile(
     world: World,
 ) -> None:
     file = await world.add_input()
-    world.store.after_get_file = lambda: world.store.delete_file(world.project_id, file.id)
+    world.store.after_get_file = lambda: world.store.delete_file(
+        world.project_id, file.id, now=1
+    )
 
     with pytest.raises(NotFound) as caught:
         await world.service.create_batch(
@@ -206,7 +209,9 @@ async def test_a_batch_is_not_created_from_a_file_that_is_deleted_meanwhile(
 
 async def test_of_two_deletes_one_finds_the_file_gone(world: World) -> None:
     file = await world.add_input()
-    world.store.after_get_file = lambda: world.store.delete_file(world.project_id, file.id)
+    world.store.after_get_file = lambda: world.store.delete_file(
+        world.project_id, file.id, now=1
+    )
 
     with pytest.raises(NotFound, match=f"No such File object: {file.id}"):
         await world.service.delete_file(world.project_id, file.id)

@@ -1,4 +1,4 @@
-"""Upkeep: what a dead process left behind, and files whose time is over."""
+"""Upkeep: what a dead process left behind, and what has had its time."""
 
 import asyncio
 import time
@@ -9,12 +9,15 @@ from penstock.blobs.base import Blobs
 from penstock.blobs.segments import LocalSegments
 from penstock.engine.base import Engine
 from penstock.errors import NotFound, StorageUnavailable
-from penstock.model import BatchStatus, File, Job, JobKind
+from penstock.model import KEY_LIFE_S, BatchStatus, File, Job, JobKind
 from penstock.store.base import Store
 
 _log = structlog.get_logger()
 
 _EVERY_S = 60.0
+_LOOK_EVERY_S = 2.0
+_REMEMBER_S = 30 * 86400
+"""How long deliveries and uploads are listed after they have ended."""
 _AT_ONCE = 100
 
 
@@ -34,6 +37,7 @@ async def recover(
         jobs.append(Job(kind=JobKind.FINALIZE, id=batch.id))
         jobs.append(Job(kind=JobKind.EXPIRE, id=batch.id, due_at=batch.expires_at))
     await engine.enqueue(jobs)
+    await engine.enqueue(await store.list_due_deliveries(until=None))
     await _sweep(store=store, blobs=blobs, segments=segments)
     if unfinished:
         _log.info("Going on where it stopped.", batches=len(unfinished), slices=running)
@@ -60,21 +64,39 @@ async def _delete_unused(store: Store, blobs: Blobs, keys: list[str]) -> None:
 
 
 async def keep_up(*, store: Store, blobs: Blobs) -> None:
-    """Delete files whose time is over, every minute, until cancelled."""
+    """Delete files whose time is over and forget what ended long ago, every minute, until
+    cancelled."""
     while True:
         try:
             now = int(time.time())
             while over := await store.list_expired_files(now=now, limit=_AT_ONCE):
                 for file in over:
                     await _delete_file(store, blobs, file)
+            await store.forget_ended(
+                ended_before=now - _REMEMBER_S, begun_before=now - KEY_LIFE_S
+            )
         except StorageUnavailable as error:
             _log.warning("Upkeep cannot go on for now.", error=str(error))
         await asyncio.sleep(_EVERY_S)
 
 
+async def watch_deliveries(*, store: Store, engine: Engine) -> None:
+    """Look every 2 s for events that are due, until cancelled.
+
+    The engine knows of those that came about in this process. Others are made due from
+    outside, by `penstock webhooks replay`.
+    """
+    while True:
+        await asyncio.sleep(_LOOK_EVERY_S)
+        try:
+            await engine.enqueue(await store.list_due_deliveries(until=time.time()))
+        except StorageUnavailable as error:
+            _log.warning("Deliveries cannot be looked at for now.", error=str(error))
+
+
 async def _delete_file(store: Store, blobs: Blobs, file: File) -> None:
     try:
-        gone = await store.delete_file(file.project_id, file.id)
+        gone = await store.delete_file(file.project_id, file.id, now=int(time.time()))
     except NotFound:
         return
     if gone is not None:

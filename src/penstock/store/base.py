@@ -239,12 +239,15 @@ class Store(Protocol):
         """List a project's files by creation.
 
         Returns:
-            Up to `page.limit` files after `page.after`. If that ID is not there (any more),
-            an empty list, which is what ends the paging of old clients.
+            Up to `page.limit` files after `page.after`, also where that file was deleted while
+            the list was read. If that ID never was, or has long been deleted: an empty list,
+            which is what ends the paging of old clients.
         """
         ...
 
-    async def delete_file(self, project_id: ProjectId, file_id: FileId) -> File | None:
+    async def delete_file(
+        self, project_id: ProjectId, file_id: FileId, *, now: int
+    ) -> File | None:
         """Take a file out of every list.
 
         Returns:
@@ -425,8 +428,9 @@ class Store(Protocol):
         ...
 
     async def forget_ended(self, *, ended_before: int, begun_before: float) -> None:
-        """Delete deliveries and uploads that ended before a time, and what was kept of
-        creations whose requests arrived before another."""
+        """Delete deliveries and uploads that ended before a time, the places of files that
+        were deleted before it, and what was kept of creations whose requests arrived before
+        another."""
         ...
 
     # Slices

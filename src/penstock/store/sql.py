@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
 from sqlalchemy import (
+    BigInteger,
     Connection,
     RowMapping,
     and_,
@@ -74,7 +75,15 @@ from penstock.store.rows import (
 )
 from penstock.store.sql_uploads import UploadStore
 from penstock.store.sql_webhooks import WebhookStore, add_deliveries
-from penstock.store.tables import api_keys, batches, files, projects, slices, upload_parts
+from penstock.store.tables import (
+    api_keys,
+    batches,
+    deleted_files,
+    files,
+    projects,
+    slices,
+    upload_parts,
+)
 from penstock.store.transactions import after, portions
 
 T = TypeVar("T")
@@ -172,7 +181,13 @@ class SqlStore(UploadStore, WebhookStore):
     ) -> list[File]:
         statement = _FILES.where(
             files.c.project_id == project_id,
-            *after(files, project_id, page.after, descending=newest_first),
+            *after(
+                files,
+                project_id,
+                page.after,
+                descending=newest_first,
+                deleted=deleted_files,
+            ),
         )
         if purpose is not None:
             statement = statement.where(files.c.purpose == purpose)
@@ -180,12 +195,15 @@ class SqlStore(UploadStore, WebhookStore):
         rows = await self._read(statement.order_by(order).limit(page.limit))
         return [to_file(row) for row in rows]
 
-    async def delete_file(self, project_id: ProjectId, file_id: FileId) -> File | None:
+    async def delete_file(
+        self, project_id: ProjectId, file_id: FileId, *, now: int
+    ) -> File | None:
         def work(db: Connection) -> File | None:
             key = {"project_id": project_id, "id": file_id}
             row = db.execute(_GET_FILE, key).mappings().one_or_none()
             if row is None:
                 raise _no_file(file_id)
+            db.execute(_KEEP_PLACE, {"of_file": file_id, "now": now})
             db.execute(delete(files).where(files.c.id == file_id))
             file = to_file(row)
             is_used = db.execute(_USED_BLOBS, {"keys": [file.blob_key]}).first()
@@ -388,6 +406,13 @@ _FILES = select(*(files.c[name] for name in FILE_FIELDS))
 
 _GET_FILE = _FILES.where(
     files.c.id == bindparam("id"), files.c.project_id == bindparam("project_id")
+)
+
+_KEEP_PLACE = insert(deleted_files).from_select(
+    ["id", "seq", "project_id", "deleted_at"],
+    select(
+        files.c.id, files.c.seq, files.c.project_id, bindparam("now", type_=BigInteger)
+    ).where(files.c.id == bindparam("of_file")),
 )
 
 _USED_BLOBS = union(

@@ -19,7 +19,14 @@ from penstock.model import (
 )
 from penstock.store.base import DeliveryReport, Page
 from penstock.store.rows import DELIVERY_FIELDS, to_delivery
-from penstock.store.tables import batches, creations, deliveries, uploads, webhooks
+from penstock.store.tables import (
+    batches,
+    creations,
+    deleted_files,
+    deliveries,
+    uploads,
+    webhooks,
+)
 from penstock.store.transactions import SqlTransactions, after
 
 
@@ -124,6 +131,7 @@ class WebhookStore(SqlTransactions):
         def work(db: Connection) -> None:
             db.execute(delete(deliveries).where(deliveries.c.ended_at < ended_before))
             db.execute(delete(uploads).where(uploads.c.ended_at < ended_before))
+            db.execute(delete(deleted_files).where(deleted_files.c.deleted_at < ended_before))
             db.execute(delete(creations).where(creations.c.began_at < begun_before))
 
         await self._write(work, durable=False)

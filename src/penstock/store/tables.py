@@ -98,6 +98,17 @@ files = Table(
     Index("ix_files_expiry", "expires_at"),
 )
 
+deleted_files = Table(
+    "deleted_files",
+    metadata,
+    # Where they stood, so that a list goes on behind a file that its reader deletes.
+    Column("id", Text, primary_key=True),
+    Column("seq", BigInteger, nullable=False),
+    Column("project_id", Text, ForeignKey("projects.id"), nullable=False),
+    Column("deleted_at", BigInteger, nullable=False),
+    Index("ix_deleted_files_age", "deleted_at"),
+)
+
 batches = Table(
     "batches",
     metadata,

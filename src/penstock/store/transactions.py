@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Executable, RowMapping, Table, make_url, select
+from sqlalchemy import Connection, Executable, RowMapping, Table, make_url, select, union_all
 from sqlalchemy.sql import ColumnElement
 
 from penstock.errors import InvalidSettings
@@ -89,17 +89,28 @@ def portions(items: Sequence[T]) -> Iterator[Sequence[T]]:
 
 
 def after(
-    table: Table, project_id: ProjectId | None, id_: str | None, *, descending: bool
+    table: Table,
+    project_id: ProjectId | None,
+    id_: str | None,
+    *,
+    descending: bool,
+    deleted: Table | None = None,
 ) -> list[ColumnElement[bool]]:
-    """The condition that a page begins after an ID; nothing is after one that is not there.
+    """The condition that a page begins after an ID; nothing is after one that never was.
 
     Args:
         project_id: Whose it must be; None asks for no owner.
+        deleted: Where it is told at which place deleted objects stood.
     """
     if id_ is None:
         return []
-    place = select(table.c.seq).where(table.c.id == id_)
-    if project_id is not None:
-        place = place.where(table.c.project_id == project_id)
-    seq = place.scalar_subquery()
+    places = [
+        select(where.c.seq).where(
+            where.c.id == id_,
+            *([] if project_id is None else [where.c.project_id == project_id]),
+        )
+        for where in (table, deleted)
+        if where is not None
+    ]
+    seq = union_all(*places).scalar_subquery()
     return [table.c.seq < seq if descending else table.c.seq > seq]

@@ -221,6 +221,36 @@ class EngineContract:
 
         assert begun_at[1] >= due_at
 
+    async def test_a_job_that_waits_becomes_due_when_the_first_of_two_is(
+        self, engine: Engine, hands: Hands
+    ) -> None:
+        far = time.time() + FAR_S
+        async with running(engine):
+            await engine.enqueue([Job(kind=A.kind, id=A.id, due_at=far)])
+            await engine.enqueue([Job(kind=B.kind, id=B.id, due_at=time.time() + 0.2)])
+            await engine.enqueue([A, Job(kind=B.kind, id=B.id, due_at=far)])
+            await hands.until_done(A, B)
+            await engine.enqueue([LAST])
+            await hands.until_done(LAST)
+
+        assert hands.begun == [named(A), named(B), named(LAST)]
+
+    async def test_a_job_that_became_due_sooner_can_be_taken_back(
+        self, engine: Engine, hands: Hands
+    ) -> None:
+        far = time.time() + FAR_S
+        await engine.enqueue([Job(kind=A.kind, id=A.id, due_at=far + FAR_S)])
+        await engine.enqueue([Job(kind=A.kind, id=A.id, due_at=far)])
+        await engine.cancel([A])
+        await engine.enqueue([Job(kind=A.kind, id=A.id, due_at=far + FAR_S)])
+        await engine.enqueue([A])
+        async with running(engine):
+            await hands.until_done(A)
+            await engine.enqueue([LAST])
+            await hands.until_done(LAST)
+
+        assert hands.begun == [named(A), named(LAST)]
+
     async def test_a_job_that_has_long_been_due_is_handed_out(
         self, engine: Engine, hands: Hands
     ) -> None:

@@ -424,23 +424,37 @@ class StoreContract:
     ) -> None:
         await store.add_file(new_file(red, "file-1"))
         await store.add_file(new_file(blue, "file-2"))
-        await store.add_file(new_file(red, "file-3"))
-        await store.delete_file(red.id, FileId("file-3"))
 
         assert await names_of_files(store, red.id, after="file-9") == []
         assert await names_of_files(store, red.id, after="file-2") == []
-        assert await names_of_files(store, red.id, after="file-3") == []
+
+    async def test_a_list_goes_on_behind_a_file_that_was_deleted(
+        self, store: Store, red: Project, blue: Project
+    ) -> None:
+        for number in range(1, 6):
+            await store.add_file(new_file(red, f"file-{number}"))
+        for number in (3, 5):
+            await store.delete_file(red.id, FileId(f"file-{number}"), now=NOON)
+
+        names = ["file-4", "file-2", "file-1"]
+        assert await names_of_files(store, red.id, after="file-5") == names
+        assert await names_of_files(store, red.id, after="file-3") == ["file-2", "file-1"]
+        assert await names_of_files(store, blue.id, after="file-3") == []
+        await store.forget_ended(ended_before=NOON, begun_before=0)
+        assert len(await names_of_files(store, red.id, after="file-5")) == 3
+        await store.forget_ended(ended_before=NOON + 1, begun_before=0)
+        assert await names_of_files(store, red.id, after="file-5") == []
 
     async def test_a_deleted_file_is_gone(self, store: Store, red: Project) -> None:
         await store.add_file(new_file(red))
 
-        assert await store.delete_file(red.id, FileId("file-1")) == new_file(red)
+        assert await store.delete_file(red.id, FileId("file-1"), now=NOON) == new_file(red)
 
         assert await names_of_files(store, red.id) == []
         with pytest.raises(NotFound):
             await store.get_file(red.id, FileId("file-1"))
         with pytest.raises(NotFound):
-            await store.delete_file(red.id, FileId("file-1"))
+            await store.delete_file(red.id, FileId("file-1"), now=NOON)
 
     async def test_another_projects_file_cannot_be_deleted(
         self, store: Store, red: Project, blue: Project
@@ -448,13 +462,13 @@ class StoreContract:
         await store.add_file(new_file(red))
 
         with pytest.raises(NotFound):
-            await store.delete_file(blue.id, FileId("file-1"))
+            await store.delete_file(blue.id, FileId("file-1"), now=NOON)
         assert await names_of_files(store, red.id) == ["file-1"]
 
     async def test_bytes_that_a_batch_still_reads_are_kept(self, store: Store) -> None:
         batch = await start(store)
 
-        assert await store.delete_file(batch.project_id, batch.input_file_id) is None
+        assert await store.delete_file(batch.project_id, batch.input_file_id, now=NOON) is None
         assert await store.unused_blobs({batch.input_blob_key}) == set()
         with pytest.raises(NotFound):
             await store.get_file(batch.project_id, batch.input_file_id)
@@ -463,13 +477,15 @@ class StoreContract:
         batch = await start(store)
         await move(store, BatchStatus.CANCELLING, BatchStatus.CANCELLED)
 
-        assert await store.delete_file(batch.project_id, batch.input_file_id) is not None
+        assert (
+            await store.delete_file(batch.project_id, batch.input_file_id, now=NOON) is not None
+        )
 
     async def test_bytes_of_a_deleted_file_are_unused_when_its_batch_has_ended(
         self, store: Store
     ) -> None:
         batch = await start(store)
-        await store.delete_file(batch.project_id, batch.input_file_id)
+        await store.delete_file(batch.project_id, batch.input_file_id, now=NOON)
 
         await move(store, BatchStatus.FINALIZING, BatchStatus.COMPLETED)
 
@@ -481,9 +497,9 @@ class StoreContract:
         await store.add_file(new_file(red))
         await store.add_file(replace(new_file(blue, "file-2"), blob_key="blobs/file-1"))
 
-        assert await store.delete_file(red.id, FileId("file-1")) is None
+        assert await store.delete_file(red.id, FileId("file-1"), now=NOON) is None
         assert await store.unused_blobs(["blobs/file-1"]) == set()
-        assert await store.delete_file(blue.id, FileId("file-2")) is not None
+        assert await store.delete_file(blue.id, FileId("file-2"), now=NOON) is not None
 
     async def test_blobs_that_nothing_names_are_unused(
         self, store: Store, red: Project
@@ -535,7 +551,7 @@ class StoreContract:
     ) -> None:
         file = new_file(red)
         await store.add_file(file)
-        await store.delete_file(red.id, file.id)
+        await store.delete_file(red.id, file.id, now=NOON)
 
         with pytest.raises(NotFound):
             await store.add_batch(new_batch(file))

@@ -78,7 +78,7 @@ class CreationContract:
         self, store: Store, red: Project
     ) -> None:
         await made(store, red, "file-1", KEYED)
-        await store.delete_file(red.id, new_file(red, "file-1").id)
+        await store.delete_file(red.id, new_file(red, "file-1").id, now=NOON)
 
         assert await made(store, red, "file-2", KEYED) == "file-2"
         assert await made(store, red, "file-3", KEYED) == "file-2"
@@ -125,7 +125,7 @@ class CreationContract:
         await store.add_file(file)
         batch = await store.add_batch(new_batch(file), once=FIRST)
         assert len(jobs.take()) == 2
-        await store.delete_file(red.id, file.id)
+        await store.delete_file(red.id, file.id, now=NOON)
 
         again = await store.add_batch(new_batch(file, "batch-2"), once=AGAIN)
 

@@ -11,6 +11,14 @@ _SEQ = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 def upgrade() -> None:
     op.add_column("batches", sa.Column("output_life_s", sa.BigInteger))
+    op.create_table(
+        "deleted_files",
+        sa.Column("id", sa.Text, primary_key=True),
+        sa.Column("seq", sa.BigInteger, nullable=False),
+        sa.Column("project_id", sa.Text, sa.ForeignKey("projects.id"), nullable=False),
+        sa.Column("deleted_at", sa.BigInteger, nullable=False),
+    )
+    op.create_index("ix_deleted_files_age", "deleted_files", ["deleted_at"])
     _create_uploads()
     _create_creations()
     _create_webhooks()
