@@ -14,7 +14,10 @@ from penstock.testing.upstream import KEY, LineUpstreamContract
 from penstock.upstream.base import Failure, Reply
 from penstock.upstream.openai_http import (
     MAX_RETRY_AFTER_S,
+    MakeTransport,
     OpenAIHttpUpstream,
+    choose_transport,
+    make_reqwest,
     parse_retry_after,
 )
 from tests.upstreams import (
@@ -45,8 +48,20 @@ CHAT = "/v1/chat/completions"
 REQUEST = b'{"model":"m","messages":[{"role":"user","content":"Hello."}]}'
 
 
+@pytest.fixture(params=[choose_transport, make_reqwest], ids=["http1", "reqwest"], autouse=True)
+def transport(request: pytest.FixtureRequest) -> MakeTransport:
+    """Each test runs over each way to send; `connect` uses the one of the test."""
+    global _make_transport
+    _make_transport = request.param
+    return request.param
+
+
+_make_transport: MakeTransport = choose_transport
+
+
 def connect(base_url: str, **settings: object) -> OpenAIHttpUpstream:
     defaults: dict[str, object] = {
+        "make_transport": _make_transport,
         "name": "local",
         "api_key": KEY,
         "max_concurrency": 16,
@@ -298,7 +313,7 @@ class TestInvalidAnswer:
         assert reply.message.endswith("it is empty.")
 
     async def test_no_content_is_invalid(self) -> None:
-        reply = await send_to(raw(b"HTTP/1.1 204 No Content\r\nContent-Length: x\r\n\r\n"))
+        reply = await send_to(raw(b"HTTP/1.1 204 No Content\r\n\r\n"))
 
         assert (reply.failure, reply.status_code) == (Failure.INVALID, 204)
 
@@ -529,7 +544,7 @@ class TestFailure:
         await upstream.close()
 
         assert reply.failure is Failure.UNREACHABLE
-        assert reply.message == "No connection: Connection refused (os error 111)."
+        assert reply.message.startswith("No connection: Connection refused")
 
     async def test_a_name_that_does_not_exist_is_unreachable(self) -> None:
         upstream = connect("http://nowhere.invalid")
@@ -654,7 +669,7 @@ class TestSettings:
 
         assert "api_key of upstream local" in str(caught.value)
         assert "sk-a" not in str(caught.value)
-        assert caught.value.__suppress_context__
+        assert caught.value.__context__ is None
 
     def test_name_and_concurrency_are_told(self) -> None:
         upstream = connect("http://127.0.0.1:9", max_concurrency=3)

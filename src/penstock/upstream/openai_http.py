@@ -1,54 +1,39 @@
-"""An OpenAI-compatible server as a place where lines are sent, on pyreqwest.
+"""An OpenAI-compatible server as a place where lines are sent.
 
-`send` is the hottest call of the program, so everything that is the same for all calls (URLs,
-headers, limits) is made once. Of an answer only `usage` is read; decoding that proves on the
-way that the whole body is one JSON object.
-
-An answer is read as a stream with a bound: one that announces, or turns out to have, more than
-`max_reply_bytes` is dropped together with its connection, and never more than that is held.
-Compressed answers are not asked for, so that the bound is one on what comes over the wire, too.
-
-Facts about pyreqwest 0.15 that shape this module, each held by a test:
-
-- its `ConnectError` and `ConnectTimeoutError` also stand for a connection that was cut, or an
-  answer that did not come, after the request had left; only their causes tell which it was;
-- `get_header` raises `ValueError` for a value that is not ASCII;
-- a cancelled call returns at once, but its connection stays until the answer begins or the
-  time is up: the client lets its task run on, so the upstream works on for nobody;
-- on asyncio's own loop, the interpreter can abort at exit while the client's thread lets go of
-  its last call, closed or not: `close` therefore waits a moment.
+`send` is the hottest call of the program, so everything that is the same for all calls is made
+once. Of an answer only `usage` is read; decoding that proves on the way that the whole body is
+one JSON object. How the bytes come and go stands in `http1` and `reqwest`.
 """
 
-import asyncio
 import re
 import time
-from datetime import UTC, timedelta
+from collections.abc import Callable
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
 from typing import Annotated
+from urllib.request import getproxies, proxy_bypass
 
 import msgspec
-from pyreqwest.client import Client, ClientBuilder
-from pyreqwest.exceptions import RequestError, RequestTimeoutError
 from pyreqwest.http import Url
-from pyreqwest.request import StreamRequest
-from pyreqwest.response import Response
 
 from penstock import __version__
 from penstock.errors import InvalidSettings, UpstreamDown
 from penstock.model import ENDPOINTS
 from penstock.upstream.base import Failure, Reply
+from penstock.upstream.http1 import Http1Transport
+from penstock.upstream.reqwest import ReqwestTransport
+from penstock.upstream.transport import Answer, Transport, TransportFailed, TransportOptions
 
 MAX_RETRY_AFTER_S = 24 * 60 * 60
 """A longer wait than this is taken for a mistake of the upstream."""
 
 _QUOTE_CHARACTERS = 200
 _MAX_TOKENS = 2**48  # more than this in one reply is no count
-# uvicorn, and so vLLM, closes a connection that is idle for 5 s. One that is taken from the
-# pool at that moment would be cut under a request.
-_POOL_IDLE_S = 4.0
-# 10 ms were enough in each of 15 runs on one CPU in which 8 aborted without; see above.
-_EXIT_PAUSE_S = 0.025
+
+
+MakeTransport = Callable[[Url, TransportOptions], Transport]
+"""Gets the base URL, of which it is to use the origin."""
 
 
 class OpenAIHttpUpstream:
@@ -66,6 +51,7 @@ class OpenAIHttpUpstream:
         request_timeout_s: How long a call may take, from connecting to the answer's last byte.
         connect_timeout_s: How long connecting may take of that.
         max_reply_bytes: The longest body that is accepted.
+        make_transport: Makes what its requests go through.
 
     Raises:
         InvalidSettings: `base_url` is not an HTTP URL, or `api_key` cannot stand in a header.
@@ -81,26 +67,51 @@ class OpenAIHttpUpstream:
         request_timeout_s: float,
         connect_timeout_s: float = 10.0,
         max_reply_bytes: int = 64 * 1024 * 1024,
+        make_transport: MakeTransport | None = None,
     ) -> None:
         self.name = name
         self.max_concurrency = max_concurrency
-        self._request_timeout_s = request_timeout_s
-        self._connect_timeout_s = connect_timeout_s
         self._max_reply_bytes = max_reply_bytes
         self._key = api_key.encode() if api_key else None
         base = _parse_base_url(name, base_url)
-        self._base = str(base)
-        self._urls = {endpoint: self._url(endpoint) for endpoint in ENDPOINTS}
-        self._models_url = self._url("/models")
-        self._client = self._build_client(base, api_key)
-        self._is_closed = False
+        self._base_path = base.path.rstrip("/")
+        self._paths = {endpoint: self._path(endpoint) for endpoint in ENDPOINTS}
+        headers = {
+            "User-Agent": f"penstock/{__version__}",
+            "Content-Type": "application/json",
+            "Accept": "application/json",
+        }
+        if api_key:
+            if not _SENDABLE.fullmatch(api_key):
+                raise InvalidSettings(  # without the key
+                    f"The api_key of upstream {name} has characters that cannot be sent in a"
+                    " header; it must be one line of visible characters."
+                )
+            headers["Authorization"] = f"Bearer {api_key}"
+        self._transport = (make_transport or choose_transport)(
+            base,
+            TransportOptions(
+                headers=headers,
+                timeout_s=request_timeout_s,
+                connect_timeout_s=connect_timeout_s,
+                max_body_bytes=max_reply_bytes,
+                max_idle=max_concurrency,
+            ),
+        )
 
     async def send(self, endpoint: str, body: bytes) -> Reply:
-        url = self._urls.get(endpoint) or self._url(endpoint)
-        return await self._exchange(self._client.post(url).body_bytes(body).build_streamed())
+        path = self._paths.get(endpoint) or self._path(endpoint)
+        try:
+            answer = await self._transport.post(path, body)
+        except TransportFailed as error:
+            return Reply(failure=error.failure, message=error.message)
+        return self._read(answer)
 
     async def list_models(self) -> list[str]:
-        reply = await self._exchange(self._client.get(self._models_url).build_streamed())
+        try:
+            reply = self._read(await self._transport.get(self._path("/models")))
+        except TransportFailed as error:
+            reply = Reply(failure=error.failure, message=error.message)
         if not reply.is_success:
             reason = reply.message or f"it answered with HTTP status {reply.status_code}."
             raise UpstreamDown(f"The upstream {self.name} did not list its models: {reason}")
@@ -113,66 +124,22 @@ class OpenAIHttpUpstream:
         return [model.id for model in models.data]
 
     async def close(self) -> None:
-        if self._is_closed:
-            return
-        self._is_closed = True
-        await self._client.close()
-        await asyncio.sleep(_EXIT_PAUSE_S)
+        await self._transport.close()
 
-    def _url(self, endpoint: str) -> Url:
-        return Url(self._base + endpoint.removeprefix("/v1"))
+    def _path(self, endpoint: str) -> str:
+        return self._base_path + endpoint.removeprefix("/v1")
 
-    def _build_client(self, base: Url, api_key: str | None) -> Client:
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if api_key:
-            headers["Authorization"] = f"Bearer {api_key}"
-        builder = (
-            ClientBuilder()
-            .user_agent(f"penstock/{__version__}")
-            .timeout(timedelta(seconds=self._request_timeout_s))
-            .connect_timeout(timedelta(seconds=self._connect_timeout_s))
-            .pool_idle_timeout(timedelta(seconds=_POOL_IDLE_S))
-            .pool_max_idle_per_host(self.max_concurrency)
-            .follow_redirects(False)
-            .referer(False)
-            .gzip(False)
-            .brotli(False)
-            .zstd(False)
-            .deflate(False)
-        )
-        if _is_loopback(base.host_str):
-            builder = builder.no_proxy()
-        try:
-            return builder.default_headers(headers).build()
-        except ValueError:  # its message holds the key
-            raise InvalidSettings(
-                f"The api_key of upstream {self.name} has characters that cannot be sent in a"
-                " header; it must be one line of visible characters."
-            ) from None
-
-    async def _exchange(self, request: StreamRequest) -> Reply:
-        limit = self._max_reply_bytes
-        try:
-            async with request as response:
-                status = response.status
-                request_id = _header(response, "x-request-id")
-                if _announces_more_than(limit, response):
-                    return self._too_long(status, request_id)
-                received = await response.body_reader.read(limit + 1)
-                body = b"" if received is None else received.to_bytes()
-        except RequestError as error:
-            return self._failed(error)
-        if len(body) > limit:
-            return self._too_long(status, request_id)
+    def _read(self, answer: Answer) -> Reply:
+        status, body = answer.status, answer.body
+        if answer.is_too_long:
+            return self._too_long(answer)
         if status >= 300:
             return Reply(
                 status_code=status,
                 body=body,
-                request_id=request_id,
+                request_id=answer.request_id,
                 retry_after_s=parse_retry_after(
-                    _header(response, "retry-after"),
-                    _header(response, "retry-after-ms"),
-                    now=time.time(),
+                    answer.retry_after, answer.retry_after_ms, now=time.time()
                 ),
             )
         try:
@@ -184,13 +151,13 @@ class OpenAIHttpUpstream:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             usage = None
         if usage is None:
-            return self._invalid(response, request_id, body)
+            return self._invalid(answer)
         inputs = usage.prompt_tokens_details or usage.input_tokens_details or _NO_DETAILS
         outputs = usage.completion_tokens_details or usage.output_tokens_details or _NO_DETAILS
         return Reply(
             status_code=status,
             body=body,
-            request_id=request_id,
+            request_id=answer.request_id,
             input_tokens=usage.prompt_tokens or usage.input_tokens,
             cached_tokens=inputs.cached_tokens,
             output_tokens=usage.completion_tokens or usage.output_tokens,
@@ -198,40 +165,25 @@ class OpenAIHttpUpstream:
             total_tokens=usage.total_tokens or usage.input_tokens + usage.output_tokens,
         )
 
-    def _failed(self, error: RequestError) -> Reply:
-        causes = [cause["message"] for cause in error.details.get("causes") or ()]
-        reason = causes[-1] if causes else error.message
-        is_timeout = isinstance(error, RequestTimeoutError)
-        if "client error (Connect)" in causes:
-            failure = Failure.UNREACHABLE
-            within = f" within {self._connect_timeout_s:g} s" if is_timeout else ""
-            message = f"No connection{within}: {reason}."
-        elif is_timeout:
-            failure = Failure.TIMEOUT
-            message = f"No whole answer came within {self._request_timeout_s:g} s."
-        else:
-            failure = Failure.DISCONNECTED
-            message = f"The connection ended before the answer was whole: {reason}."
-        return Reply(failure=failure, message=message)
-
-    def _too_long(self, status: int, request_id: str | None) -> Reply:
+    def _too_long(self, answer: Answer) -> Reply:
         return Reply(
-            status_code=status,
-            request_id=request_id,
+            status_code=answer.status,
+            request_id=answer.request_id,
             failure=Failure.INVALID,
-            message=f"The answer (HTTP {status}) is longer than {self._max_reply_bytes} bytes.",
+            message=f"The answer (HTTP {answer.status}) is longer than "
+            f"{self._max_reply_bytes} bytes.",
         )
 
-    def _invalid(self, response: Response, request_id: str | None, body: bytes) -> Reply:
-        content_type = _header(response, "content-type") or "none"
+    def _invalid(self, answer: Answer) -> Reply:
+        content_type = answer.content_type or "none"
         message = (
-            f"The answer (HTTP {response.status}, content type {content_type}) is not one JSON"
-            f" object: {self._quote(body)}"
+            f"The answer (HTTP {answer.status}, content type {content_type}) is not one JSON"
+            f" object: {self._quote(answer.body)}"
         )
         return Reply(
-            status_code=response.status,
-            body=body,
-            request_id=request_id,
+            status_code=answer.status,
+            body=answer.body,
+            request_id=answer.request_id,
             failure=Failure.INVALID,
             message=message,
         )
@@ -276,6 +228,7 @@ def parse_retry_after(
     return wait_s if 0 <= wait_s <= MAX_RETRY_AFTER_S else None
 
 
+_SENDABLE = re.compile(r"[!-~]([ -~]*[!-~])?")
 _NUMBER = re.compile(r"[0-9]{1,300}(\.[0-9]{1,300})?")
 
 
@@ -302,6 +255,31 @@ def _parse_base_url(name: str, base_url: str) -> Url:
     return url.with_path(path)
 
 
+def choose_transport(base: Url, options: TransportOptions) -> Transport:
+    """The fast transport where it will do: plain HTTP without a proxy."""
+    is_plain = base.scheme == "http" and not base.username
+    if is_plain and not _uses_proxy(base):
+        host = (base.host_str or "").strip("[]")
+        return Http1Transport(host=host, port=base.port or 80, options=options)
+    return make_reqwest(base, options)
+
+
+def make_reqwest(base: Url, options: TransportOptions) -> Transport:
+    """The transport that can do everything."""
+    origin = str(base.with_path("")).rstrip("/")
+    return ReqwestTransport(origin=origin, options=options, uses_proxy=_uses_proxy(base))
+
+
+def _uses_proxy(base: Url) -> bool:
+    host = base.host_str or ""
+    return not _is_loopback(host) and _has_proxy(base.scheme, host)
+
+
+def _has_proxy(scheme: str, host: str) -> bool:
+    proxies = getproxies()
+    return bool(proxies.get(scheme) or proxies.get("all")) and not proxy_bypass(host)
+
+
 def _is_loopback(host: str | None) -> bool:
     if host is None or host == "localhost":
         return host is not None
@@ -309,21 +287,6 @@ def _is_loopback(host: str | None) -> bool:
         return ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
-
-
-def _header(response: Response, name: str) -> str | None:
-    try:
-        return response.get_header(name)
-    except ValueError:  # not ASCII
-        return None
-
-
-def _announces_more_than(limit: int, response: Response) -> bool:
-    length = _header(response, "content-length")
-    # A number of more than 18 digits could be more than Python's limit for reading one.
-    return (
-        length is not None and length.isdecimal() and (len(length) > 18 or int(length) > limit)
-    )
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=_MAX_TOKENS)]
