@@ -11,11 +11,14 @@ Each line is decoded once, into the few fields that routing needs. Only a line t
 pass is looked at again, slowly, to say all that is wrong with it.
 """
 
+import re
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from io import BytesIO
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -24,8 +27,22 @@ from penstock.model import ENDPOINTS, Endpoint, Fault, find_endpoint
 BOM = b"\xef\xbb\xbf"
 MAX_CUSTOM_ID_CHARS = 512
 """Longest `custom_id`; OpenAI publishes no limit."""
+MAX_NESTING = 500
+"""How deep arrays and objects of a line may lie in each other, its own object counted.
+
+A decoder gives up at the interpreter's recursion limit, 1000, less the depth of the call that
+it runs in. That depth is one where a file is checked and another where a worker reads it, a few
+dozen in both; so the bound is half of the limit, and what passes here can be read there."""
 _READ_BYTES = 1 << 20
 _PARTS = 256
+_EMBEDDINGS = "/v1/embeddings"
+_TOLD_MODELS = 20
+# Each level takes a byte to open and one to close.
+_SURELY_FLAT_BYTES = 2 * MAX_NESTING
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.S)
+_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # up and, as a signed byte, down
+_NO_STEPS = bytes(set(range(256)) - set(b"[{]}"))
+_SEVERAL = re.compile(rb"\[\s*[^\s0-9-]")
 _NOT_JSON = "This line is not parseable as valid JSON."
 
 
@@ -37,14 +54,20 @@ class InputRules:
     """Which endpoint every line must name; None takes it from the first line that names one."""
     max_requests: int
     max_line_bytes: int
+    max_embedding_inputs: int
+    """The most inputs of all lines together, if the lines ask for embeddings."""
     max_faults: int
     """How many faults are told; the others are only counted."""
+    one_model: bool
+    """Whether all lines must name the same model."""
     slice_requests: int
     """The most requests of one slice."""
     slice_bytes: int
     """The most bytes of one slice, unless a single line is longer."""
     accepts_model: Callable[[str], bool] | None = None
     """Whether an upstream serves this model; None accepts every model."""
+    served_models: tuple[str, ...] = ()
+    """The models that `accepts_model` accepts, by name or pattern, as a message tells them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +88,8 @@ class CheckedInput:
     total: int
     """How many requests it holds."""
     faults: list[Fault]
-    """In line order; empty if the file is good. If there were more than `max_faults`, a last
-    entry without a line says how many."""
+    """Those of the whole file, then those of its lines in their order; empty if it is good. If
+    there were more than `max_faults`, a last entry says how many."""
     slices: list[SlicePlan]
     """In input order. Only of use without faults."""
     models: list[str]
@@ -100,10 +123,20 @@ class _Model(msgspec.Struct):
     model: str
 
 
+class _Input(msgspec.Struct):
+    input: msgspec.Raw
+
+
+class _InputLine(msgspec.Struct):
+    body: _Input
+
+
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 _decode_custom_id = msgspec.json.Decoder(_CustomId).decode
 _decode_model = msgspec.json.Decoder(_Model).decode
 _decode_any = msgspec.json.Decoder().decode
+_decode_input = msgspec.json.Decoder(_InputLine).decode
+_decode_items = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
 def iter_requests(data: bytes, *, first_line: int) -> Iterator[RequestLine]:
@@ -152,12 +185,18 @@ class InputChecker:
         self._carry: list[bytes] = []
         self._carry_bytes = 0
         self._is_skipping = False
+        self._skipped = 0
         self._total = 0
         self._faults: list[Fault] = []
+        self._faults_before: list[Fault] = []
         self._fault_count = 0
+        self._inputs = 0
         self._slices: list[SlicePlan] = []
         self._open = _OpenSlice()
+        # The served models that are named, and whether a good line may name them.
         self._models: dict[str, bool] = {}
+        self._model = ""
+        self._model_line = 0
         # 64-bit hashes of the custom IDs, spread over small arrays: a set of all of them
         # would cost ten times as much, and one array at a time is enough to compare.
         self._hashes = [array("q") for _ in range(_PARTS)]
@@ -166,15 +205,15 @@ class InputChecker:
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes of the file, in pieces of any size."""
-        end = data.rfind(b"\n")
-        if end < 0:
+        end = data.rfind(b"\n") + 1
+        if not end:
             self._hold(data)
             return
         block = b"".join([*self._carry, data[:end]]) if self._carry else data[:end]
         self._carry.clear()
         self._carry_bytes = 0
-        self._take_lines(block, ends_line=True)
-        self._hold(data[end + 1 :])
+        self._take_lines(block)
+        self._hold(data[end:])
 
     def finish(self) -> CheckedInput | None:
         """Say what the file holds, or return None: then feed all of it once more."""
@@ -182,12 +221,13 @@ class InputChecker:
             block = b"".join(self._carry)
             self._carry.clear()
             self._carry_bytes = 0
-            self._take_lines(block, ends_line=False)
+            self._take_lines(block)
         if self._suspects is None:
             self._close_slice()
             self._suspects = self._equal_hashes()
             if self._suspects:
                 self._offset = self._line = 0
+                self._faults_before, self._faults = self._faults, []
                 return None
         return self._result()
 
@@ -198,32 +238,32 @@ class InputChecker:
             return
         if self._is_skipping:
             self._offset += len(data)
+            self._skipped += len(data)
             return
         self._carry.append(data)
         self._carry_bytes += len(data)
         if self._carry_bytes > self._rules.max_line_bytes + len(BOM):
+            has_mark = self._offset == 0 and b"".join(self._carry).startswith(BOM)
+            self._skipped = self._carry_bytes - (len(BOM) if has_mark else 0)
             self._offset += self._carry_bytes
             self._carry.clear()
             self._carry_bytes = 0
             self._is_skipping = True
 
-    def _take_lines(self, block: bytes, *, ends_line: bool) -> None:
-        """Take whole lines; only the last one of a file may lack its line end."""
-        lines = block.split(b"\n")
+    def _take_lines(self, block: bytes) -> None:
+        """Take whole lines, each with its line end; only the last one of a file may lack it."""
+        lines = BytesIO(block).readlines()  # which leaps to the next end; `split` walks
         if self._is_skipping:
             self._is_skipping = False
+            rest = lines.pop(0) if lines else b""
             self._line += 1
-            self._offset += len(lines[0]) + ends_line
-            self._too_long()
-            del lines[0]
+            self._offset += len(rest)
+            self._too_long(self._skipped + _length(rest))
         if self._offset == 0 and lines and lines[0].startswith(BOM):
             lines[0] = lines[0][len(BOM) :]
             self._offset = len(BOM)
         if self._suspects is None:
             self._check(lines, is_utf8=_is_utf8(block))
-            if not ends_line:
-                self._offset -= 1
-                self._open.end = min(self._open.end, self._offset)
         else:
             self._look_for_duplicates(lines)
 
@@ -235,10 +275,10 @@ class InputChecker:
         for text in lines:
             number += 1
             start = offset
-            offset += len(text) + 1
-            if len(text) > max_bytes:
+            offset += len(text)
+            if len(text) > max_bytes and _length(text) > max_bytes:
                 self._line = number
-                self._too_long()
+                self._too_long(_length(text))
                 continue
             model: str | None = None
             custom_id = ""
@@ -253,8 +293,11 @@ class InputChecker:
                     and request.method == "POST"
                     and not request.body.stream
                     and 0 < len(custom_id) <= MAX_CUSTOM_ID_CHARS
-                    and (self._models.get(named) or self._take_model(named))
+                    and (len(text) <= _SURELY_FLAT_BYTES or not _is_too_deep(text))
+                    and (self._models.get(named) or self._take_model(named, number))
                 )
+                if is_good and self._counts_inputs:
+                    self._inputs += _count_inputs(request.body.input)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 is_good = False
             if is_good and model:
@@ -262,7 +305,7 @@ class InputChecker:
                 hashes[hashed & 0xFF].append(hashed)
             else:
                 self._line = number
-                model = self._explain(text)
+                model = self._explain(text.removesuffix(b"\n"))
                 if model is None:
                     continue
             self._add_to_slice(start, offset, number, model)
@@ -289,16 +332,23 @@ class InputChecker:
             self._slices.append(self._open.plan())
         self._open = _OpenSlice()
 
-    def _take_model(self, model: str) -> bool:
+    def _take_model(self, model: str, line: int) -> bool:
+        """Whether a line may name this model in which nothing else is wrong."""
+        if not model or not self._is_served(model):
+            return False
+        if not self._model_line:
+            self._model, self._model_line = model, line
+        self._models[model] = not self._rules.one_model or model == self._model
+        return self._models[model]
+
+    def _is_served(self, model: str) -> bool:
         accepts = self._rules.accepts_model
-        is_good = bool(model) and (accepts is None or accepts(model))
-        if is_good:
-            self._models[model] = True
-        return is_good
+        return model in self._models or accepts is None or accepts(model)
 
     def _prepare_endpoint(self) -> None:
         endpoint = self._endpoint or next(iter(ENDPOINTS.values()))
         self._decode = _line_decoder(endpoint)
+        self._counts_inputs = endpoint.path == _EMBEDDINGS
         path = endpoint.path
         # Without an endpoint no line passes at once, so the first one is looked at slowly.
         self._urls = {path, path.removeprefix("/v1")} if self._endpoint else set[str]()
@@ -310,12 +360,13 @@ class InputChecker:
         if len(self._faults) < self._rules.max_faults:
             self._faults.append(Fault(code=code, message=message, param=param, line=self._line))
 
-    def _too_long(self) -> None:
+    def _too_long(self, length: int) -> None:
         if self._suspects is None:
             self._total += 1
             self._fault(
                 "line_too_long",
-                f"This line is longer than {self._rules.max_line_bytes} bytes.",
+                f"This line is longer than {self._rules.max_line_bytes} bytes: "
+                f"it has {length}.",
             )
 
     def _explain(self, text: bytes) -> str | None:
@@ -335,6 +386,8 @@ class InputChecker:
         self._explain_method(request)
         self._explain_url(request)
         model = self._explain_body(request)
+        if self._counts_inputs:
+            self._inputs += _inputs_of_line(text)
         if custom_id is not None:
             hashed = hash(custom_id)
             self._hashes[hashed & 0xFF].append(hashed)
@@ -347,6 +400,8 @@ class InputChecker:
             self._fault("invalid_json_line", f"{_NOT_JSON} It names a key twice.")
             self._total += 1
             return None
+        if model is not None:
+            self._take_model(model, self._line)
         return model
 
     def _parse(self, text: bytes) -> dict[str, Any] | None:
@@ -360,11 +415,17 @@ class InputChecker:
             return None
         try:
             value = _decode_any(text)
+            is_too_deep = _is_too_deep(text)
         except RecursionError:
-            self._fault("invalid_json_line", f"{_NOT_JSON} It is nested too deeply.")
-            return None
+            value, is_too_deep = None, True
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             self._fault("invalid_json_line", f"{_NOT_JSON} {_sentence(error)}")
+            return None
+        if is_too_deep:
+            self._fault(
+                "invalid_json_line",
+                f"{_NOT_JSON} It is nested too deeply; {MAX_NESTING} levels are allowed.",
+            )
             return None
         if not isinstance(value, dict):
             self._fault(
@@ -437,28 +498,45 @@ class InputChecker:
                 "body",
             )
             return None
-        model = body.get("model")  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        fields = cast("dict[str, object]", body)
+        model = fields.get("model")
+        is_model = isinstance(model, str) and model != ""
         for name in self._endpoint.required if self._endpoint else ("model",):
-            if name not in body or (name == "model" and not (isinstance(model, str) and model)):
+            if name not in fields or (name == "model" and not is_model):
+                was = f" It must be a name, but is {_named(model)}." if name in fields else ""
                 self._fault(
                     "invalid_request",
-                    f"{name.capitalize()} parameter is required.",
+                    f"{name.capitalize()} parameter is required.{was}",
                     f"body.{name}",
                 )
-        if isinstance(model, str) and model and not self._take_model(model):
+        if is_model:
+            self._explain_model(str(model))
+        if fields.get("stream") not in (None, False):
+            self._fault(
+                "streaming_unsupported",
+                f"{_title(self._endpoint)}Streaming is not supported in the Batch API. "
+                "Leave out 'stream'.",
+                "body.stream",
+            )
+        return str(model) if is_model else None
+
+    def _explain_model(self, model: str) -> None:
+        if not self._is_served(model):
             self._fault(
                 "model_not_found",
                 f"The provided model {_shown(model)} is not supported by the Batch API. "
-                "No upstream in the settings serves it.",
+                f"{_told_models(self._rules.served_models)}",
                 "body.model",
             )
-        if body.get("stream") is True:  # pyright: ignore[reportUnknownMemberType]
+            return
+        self._models.setdefault(model, not self._rules.one_model)
+        if self._rules.one_model and self._model_line and model != self._model:
             self._fault(
-                "streaming_unsupported",
-                "Streaming is not supported in the Batch API. Leave out 'stream'.",
-                "body.stream",
+                "mismatched_model",
+                f"The model {_shown(model)} of this line is not {_shown(self._model)}, which "
+                f"line {self._model_line} names; all lines of a batch must name the same one.",
+                "body.model",
             )
-        return model if isinstance(model, str) else None
 
     def _missing(self, name: str) -> None:
         self._fault(
@@ -480,8 +558,8 @@ class InputChecker:
         suspects = self._suspects or set()
         for text in lines:
             self._line += 1
-            self._offset += len(text) + 1
-            if len(text) > self._rules.max_line_bytes:
+            self._offset += len(text)
+            if _length(text) > self._rules.max_line_bytes:
                 continue
             try:
                 custom_id = _decode_custom_id(text).custom_id
@@ -493,40 +571,28 @@ class InputChecker:
             if first != self._line:
                 self._fault(
                     "duplicate_custom_id",
-                    f"The custom_id {_shown(custom_id)} of this line is already used by "
-                    f"line {first}.",
+                    f"The custom_id {_shown(custom_id)} of line {self._line} is already used "
+                    f"by line {first}.",
                     "custom_id",
                 )
 
     # The end
 
     def _result(self) -> CheckedInput:
-        faults = sorted(self._faults, key=lambda fault: fault.line or 0)
-        told = self._fault_count
-        if not self._total:
-            faults.append(
-                Fault(
-                    code="empty_file",
-                    message="The input file holds no request; it must hold at least one.",
-                )
-            )
-        elif self._total > self._rules.max_requests:
-            faults.insert(
-                0,
-                Fault(
-                    code="too_many_requests",
-                    message=f"The input file holds {self._total} requests; "
-                    f"at most {self._rules.max_requests} are allowed.",
-                ),
-            )
-        if told > self._rules.max_faults:
-            faults.append(
+        rules = self._rules
+        faults = [
+            *self._faults_of_file(),
+            *sorted([*self._faults_before, *self._faults], key=lambda fault: fault.line or 0),
+        ]
+        count = self._fault_count + sum(fault.line is None for fault in faults)
+        if count > rules.max_faults:
+            faults[rules.max_faults :] = [
                 Fault(
                     code="too_many_faults",
-                    message=f"The input file has {told} faults; "
-                    f"only the first {self._rules.max_faults} are listed.",
+                    message=f"The input file has {count} faults; "
+                    f"only the first {rules.max_faults} are listed.",
                 )
-            )
+            ]
         return CheckedInput(
             total=self._total,
             faults=faults,
@@ -534,6 +600,27 @@ class InputChecker:
             models=list(self._models),
             endpoint=self._endpoint,
         )
+
+    def _faults_of_file(self) -> Iterator[Fault]:
+        rules = self._rules
+        if not self._total:
+            yield Fault(
+                code="empty_file",
+                message="The input file holds no request; it must hold at least one.",
+            )
+        if self._total > rules.max_requests:
+            yield Fault(
+                code="too_many_tasks",
+                message=f"The input file holds {self._total} requests; "
+                f"at most {rules.max_requests} are allowed.",
+            )
+        if self._inputs > rules.max_embedding_inputs:
+            yield Fault(
+                code="too_many_embedding_inputs",
+                message=f"The requests of the input file hold {self._inputs} inputs together; "
+                f"at most {rules.max_embedding_inputs} are allowed.",
+                param="body.input",
+            )
 
 
 @dataclass(slots=True)
@@ -569,8 +656,39 @@ def check_file(path: Path, rules: InputRules) -> CheckedInput:
             return checked
 
 
+def _length(text: bytes) -> int:
+    """How many bytes a line has, without its line end."""
+    return len(text) - text.endswith(b"\n")
+
+
+def _is_too_deep(text: bytes) -> bool:
+    """Whether valid JSON is nested deeper than `MAX_NESTING`."""
+    # To count them would take longer: `replace` leaps from one to the next.
+    arrays = len(text) - len(text.replace(b"[", b"", MAX_NESTING + 1))
+    objects = len(text) - len(text.replace(b"{", b"", MAX_NESTING + 1))
+    if arrays + objects <= MAX_NESTING:
+        return False
+    steps = _STRING.sub(b"", text).translate(_STEPS, _NO_STEPS)
+    return max(accumulate(memoryview(steps).cast("b")), default=0) > MAX_NESTING
+
+
+def _count_inputs(given: msgspec.Raw) -> int:
+    """How many inputs one request for embeddings gives: a text or one list of tokens is 1."""
+    return len(_decode_items(given)) if _SEVERAL.match(given) else 1
+
+
+def _inputs_of_line(text: bytes) -> int:
+    """The same of a whole line, which may be faulty; 0 if it gives none."""
+    try:
+        return _count_inputs(_decode_input(text).body.input)
+    except msgspec.DecodeError:
+        return 0
+
+
 def _is_utf8(data: bytes) -> bool:
     # msgspec accepts invalid UTF-8 in fields that it skips, so the bytes are checked apart.
+    if data.isascii():
+        return True
     try:
         data.decode()
     except UnicodeDecodeError:
@@ -602,3 +720,23 @@ def _shown(value: object) -> str:
     """A value as a message shows it: short, and on one line."""
     text = repr(value) if isinstance(value, str) else _kind(value)
     return text if len(text) <= 100 else text[:99] + "…"
+
+
+def _named(value: object) -> str:
+    """A value that should have been a name."""
+    return "an empty string" if value == "" else _kind(value)
+
+
+def _title(endpoint: Endpoint | None) -> str:
+    """What OpenAI puts before some messages: `Chat Completions: `, and so on."""
+    if endpoint is None:
+        return ""
+    return endpoint.path.removeprefix("/v1/").replace("/", " ").title() + ": "
+
+
+def _told_models(served: tuple[str, ...]) -> str:
+    if not served:
+        return "No upstream serves it."
+    told = ", ".join(_shown(model) for model in served[:_TOLD_MODELS])
+    rest = len(served) - _TOLD_MODELS
+    return f"The upstreams serve {told}{f' and {rest} more' if rest > 0 else ''}."

@@ -106,6 +106,8 @@ ENDPOINTS: dict[str, Endpoint] = {
         Endpoint(path="/v1/embeddings", required=("model", "input")),
         Endpoint(path="/v1/moderations", required=("model", "input")),
         Endpoint(path="/v1/images/generations", required=("model", "prompt")),
+        Endpoint(path="/v1/images/edits", required=("model", "prompt")),
+        Endpoint(path="/v1/videos", required=("model", "prompt")),
         Endpoint(path="/v1/rerank", required=("model", "query", "documents")),
         Endpoint(path="/v1/score", required=("model",)),
         Endpoint(path="/v1/messages", required=("model", "messages")),

@@ -12,7 +12,7 @@ To add a setting, add a field to its table and a row to `docs/settings.md`.
 import ipaddress
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -20,7 +20,9 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, PrivateAttr, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import Url
 
+from penstock.addresses import is_private_host
 from penstock.errors import InvalidSettings
 from penstock.model import parse_window
 from penstock.places import DEFAULT_DATA_DIR, find_config, read_config
@@ -35,14 +37,22 @@ from penstock.settings_sources import (
     spot_of,
     variable_name,
 )
+from penstock.signing import read_secret
 
+DEFAULT_PROJECT = "default"
+"""The project that is always there."""
 UPSTREAM_KEY_VARIABLE = "PENSTOCK_UPSTREAM_API_KEY"
 """Holds the key of an upstream that a flag names, which has no table of its own."""
 _BESIDE_THE_TREE = frozenset({"PENSTOCK_CONFIG", "PENSTOCK_URL", UPSTREAM_KEY_VARIABLE})
 _FLAGS = {"server.auth": "--no-auth", "upstreams": "--upstream"}
 _KEY = "printable ASCII characters without spaces"
 _SECRET = f'{_KEY}, or {{ env = "NAME" }}'
+_SIGNS = (
+    "`whsec_` and at least 24 bytes in base64, as `penstock webhooks secret` makes it, or at "
+    'least 24 printable characters, or { env = "NAME" }'
+)
 _LABEL = "1 to 64 letters, digits, dots, dashes or underscores"
+_OPENAI_WINDOW = "24h"
 _WINDOW = "a whole number from 1 followed by s, m, h or d, such as 24h"
 
 
@@ -87,7 +97,22 @@ def _base_url(value: object) -> object:
     return value.rstrip("/")
 
 
-def _secret(value: object) -> object:
+def _hook_url(value: object) -> object:
+    """The normal form of a webhook's URL, so that each place has one name."""
+    if not isinstance(value, str) or not re.match(r"https?://[^/]", value, re.I):
+        raise ValueError
+    try:
+        url = Url(value)
+    except ValueError:
+        raise ValueError from None  # pydantic would tell the value, too
+    has_more = url.username or url.password or url.fragment
+    if not url.host or has_more or re.search(r"[\s\\]", value):
+        raise ValueError
+    return str(url)
+
+
+def _from_variable(value: object) -> object:
+    """What `{ env = "NAME" }` stands for; anything else as it is."""
     if isinstance(value, dict):
         names = list(cast("dict[str, object]", value).items())
         if len(names) != 1 or names[0][0] != "env" or not isinstance(names[0][1], str):
@@ -96,6 +121,11 @@ def _secret(value: object) -> object:
         value = os.environ.get(name, "").strip()
         if not value:
             raise ValueError(f"names the environment variable {name}, which is not set")
+    return value
+
+
+def _secret(value: object) -> object:
+    value = _from_variable(value)
     if isinstance(value, str) and not re.fullmatch(r"[!-~]+", value):
         raise ValueError
     return value
@@ -104,6 +134,13 @@ def _secret(value: object) -> object:
 def _project_key(value: object) -> object:
     value = _secret(value)
     if isinstance(value, str) and len(value) < 16:
+        raise ValueError
+    return value
+
+
+def _signing_secret(value: object) -> object:
+    value = _from_variable(value)
+    if not isinstance(value, str) or read_secret(value) is None:
         raise ValueError
     return value
 
@@ -120,6 +157,7 @@ Window = Annotated[str, BeforeValidator(_window)]
 Label = Annotated[str, BeforeValidator(_label)]
 Secret = Annotated[SecretStr, BeforeValidator(_secret)]
 ProjectKey = Annotated[SecretStr, BeforeValidator(_project_key)]
+SigningSecret = Annotated[SecretStr, BeforeValidator(_signing_secret)]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -168,6 +206,9 @@ class Limits(Table):
     requests_per_batch: Whole = _whole(50_000, "The most requests in one batch.")
     input_file_bytes: Whole = _whole(209_715_200, "The largest file, in bytes.")
     line_bytes: Whole = _whole(16 * 2**20, "The longest line of an input file, in bytes.")
+    embedding_inputs: Whole = _whole(
+        50_000, "The most inputs of all lines together in one batch of embeddings."
+    )
     default_completion_window: Window = _setting(
         "The completion window of a batch whose client names none.", _WINDOW, default="24h"
     )
@@ -176,6 +217,13 @@ class Limits(Table):
     )
     reported_faults: Whole = _whole(
         1000, "The most faults of an input file that are told; the others are counted."
+    )
+    strict_openai: bool = _setting(
+        "Whether to allow no more than OpenAI does: only `24h` as completion window, one model "
+        "per file, and a batch of an unknown input file that fails instead of a 404 at its "
+        "creation.",
+        "true or false",
+        default=False,
     )
 
 
@@ -244,6 +292,44 @@ class ProjectSettings(Table):
     weight: Whole = _whole(1, "Its share of the workers beside other projects that have work.")
 
 
+class WebhookSettings(Table):
+    """A place that is told when a batch of a project ends."""
+
+    project: Label = _setting(
+        "Whose batches it is told of.", "`default` or the name of one of [[projects]]"
+    )
+    url: Annotated[str, BeforeValidator(_hook_url)] = _setting(
+        "Where events are sent, once for each project.",
+        "an http or https URL with a host, without a password and without a fragment, "
+        "such as https://example.org/hook",
+    )
+    secret: SigningSecret = _setting(
+        "What events are signed with: `whsec_…` as `penstock webhooks secret` makes it, or a "
+        "text of at least 24 characters.",
+        _SIGNS,
+    )
+    previous_secret: SigningSecret | None = _setting(
+        "The secret before this one, while receivers change over: events are signed with both.",
+        _SIGNS,
+        default=None,
+    )
+    allow_private_addresses: bool = _setting(
+        "Whether its host may have a private or loopback address.",
+        "true or false",
+        default=False,
+    )
+
+    @property
+    def keys(self) -> tuple[bytes, ...]:
+        """What its secrets stand for, the newest first."""
+        found = (
+            read_secret(secret.get_secret_value())
+            for secret in (self.secret, self.previous_secret)
+            if secret is not None
+        )
+        return tuple(key for key in found if key is not None)
+
+
 @dataclass(frozen=True, slots=True)
 class Shown:
     """A setting in force, as a person may see it."""
@@ -273,6 +359,13 @@ class Settings(Table):
     worker: Worker = Worker()
     upstreams: tuple[Upstream, ...] = ()
     projects: tuple[ProjectSettings, ...] = ()
+    webhooks: tuple[WebhookSettings, ...] = ()
+
+    @property
+    def served_models(self) -> tuple[str, ...]:
+        """The patterns of all upstreams, each once, in their order."""
+        patterns = [pattern for upstream in self.upstreams for pattern in upstream.models]
+        return tuple(dict.fromkeys(patterns))
 
     _origins: dict[SettingPath, str] = PrivateAttr(default_factory=dict[SettingPath, str])
 
@@ -389,6 +482,11 @@ def _check_together(settings: Settings, sources: Sources) -> None:
             f"{told('limits', 'default_completion_window')}; "
             f"it must not be longer than limits.max_completion_window, {longest}."
         )
+    if limits.strict_openai and default != _OPENAI_WINDOW:
+        raise InvalidSettings(
+            f"{told('limits', 'default_completion_window')}; it must be {_OPENAI_WINDOW} "
+            "because limits.strict_openai is true."
+        )
     if not settings.server.auth and not _is_loopback(settings.server.host):
         raise InvalidSettings(
             f"{told('server', 'auth')}; it must be true unless server.host is a loopback "
@@ -402,6 +500,28 @@ def _check_together(settings: Settings, sources: Sources) -> None:
                     f"{told(table, index, 'name')}; it must not be that of {table}[{first}]."
                 )
     _check_keys(settings, sources)
+    _check_webhooks(settings, told)
+
+
+def _check_webhooks(settings: Settings, told: Callable[..., str]) -> None:
+    projects = dict.fromkeys([DEFAULT_PROJECT, *(each.name for each in settings.projects)])
+    places: dict[tuple[str, str], int] = {}
+    for index, hook in enumerate(settings.webhooks):
+        if hook.project not in projects:
+            names = ", ".join(projects)
+            raise InvalidSettings(
+                f"{told('webhooks', index, 'project')}; it must be one of {names}."
+            )
+        if is_private_host(Url(hook.url).host or "") and not hook.allow_private_addresses:
+            raise InvalidSettings(
+                f"{told('webhooks', index, 'url')}; it must not lead to an address that is not "
+                f"public unless webhooks[{index}].allow_private_addresses is true."
+            )
+        if (first := places.setdefault((hook.project, hook.url), index)) != index:
+            raise InvalidSettings(
+                f"{told('webhooks', index, 'url')}; it must not be that of webhooks[{first}], "
+                "which is of the same project."
+            )
 
 
 def _check_keys(settings: Settings, sources: Sources) -> None:

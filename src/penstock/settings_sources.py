@@ -193,14 +193,17 @@ class Sources:
 
     def _nearest(self, path: SettingPath) -> SettingPath | None:
         """The known name that looks most like `path`, in its table or in another one."""
-        best, best_likeness = None, 0.0
+        best, best_likeness = None, (False, 0.0)
+        is_in_table = len(path) > 1
         given = [step for step in path if isinstance(step, int)]
         for known in self._known_paths(given[0] if given else 0):
             last = _likeness(str(known[-1]), str(path[-1]))
             whole = _likeness(variable_name(known), variable_name(path))
-            is_likely = last > (0.65 if known[:-1] == path[:-1] else 0.85) or whole > 0.9
-            if is_likely and max(last, whole) > best_likeness:
-                best, best_likeness = known, max(last, whole)
+            is_near = known[:-1] == path[:-1]
+            is_likely = last > (0.65 if is_near else 0.85) or whole > 0.9
+            likeness = (is_near and is_in_table, max(last, whole))
+            if is_likely and likeness > best_likeness:
+                best, best_likeness = known, likeness
         return best
 
     def _known_paths(self, entry: int) -> Iterator[SettingPath]:

@@ -429,6 +429,13 @@ class _Image(msgspec.Struct):
     n: int | None = None
 
 
+class _Video(msgspec.Struct):
+    model: str
+    prompt: str
+    seconds: str = "4"
+    size: str = "720x1280"
+
+
 class _Rerank(msgspec.Struct):
     model: str
     query: str
@@ -448,6 +455,7 @@ _response_decode = msgspec.json.Decoder(_Response).decode
 _embedding_decode = msgspec.json.Decoder(_Embedding).decode
 _moderation_decode = msgspec.json.Decoder(_Moderation).decode
 _image_decode = msgspec.json.Decoder(_Image).decode
+_video_decode = msgspec.json.Decoder(_Video).decode
 _rerank_decode = msgspec.json.Decoder(_Rerank).decode
 _score_decode = msgspec.json.Decoder(_Score).decode
 
@@ -671,6 +679,27 @@ def _write_image(body: bytes, options: SimulatorOptions) -> bytes:
     )
 
 
+def _write_video(body: bytes, options: SimulatorOptions) -> bytes:
+    request = _video_decode(body)
+    return _encode(
+        {
+            "id": f"video_{zlib.crc32(body):08x}",
+            "object": "video",
+            "created_at": _CREATED,
+            "completed_at": _CREATED,
+            "expires_at": None,
+            "status": "completed",
+            "progress": 100,
+            "error": None,
+            "model": request.model,
+            "prompt": request.prompt,
+            "seconds": request.seconds,
+            "size": request.size,
+            "remixed_from_video_id": None,
+        }
+    )
+
+
 def _similarity(one: str, other: str) -> float:
     """A score from 0 to 1 that depends on the texts alone."""
     return round(zlib.crc32(f"{one}\0{other}".encode()) / 0xFFFFFFFF, 6)
@@ -731,6 +760,8 @@ _WRITERS: dict[bytes, _Writer] = {
         (b"/embeddings", _write_embedding),
         (b"/moderations", _write_moderation),
         (b"/images/generations", _write_image),
+        (b"/images/edits", _write_image),
+        (b"/videos", _write_video),
         (b"/rerank", _write_rerank),
         (b"/score", _write_score),
     )

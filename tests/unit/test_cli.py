@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from typer.testing import CliRunner, Result
 
 from penstock.cli import app
@@ -31,11 +32,13 @@ LINE = json.dumps(
 
 
 @pytest.fixture(autouse=True)
-def bare_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def bare_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in list(os.environ):
         if name.startswith("PENSTOCK_"):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
+    yield
+    structlog.reset_defaults()  # a command that ran here has logged to what is closed now
 
 
 @pytest.fixture
@@ -106,7 +109,7 @@ def test_help_names_every_command_without_loading_what_they_need() -> None:
 
     assert done.stderr.strip() == ""
     for command in ("submit", "list", "status", "watch", "download", "cancel", "validate",
-                    "simulate", "check", "keys"):  # fmt: skip
+                    "simulate", "check", "keys", "webhooks"):  # fmt: skip
         assert f"\n  {command} " in done.stdout
 
 
@@ -479,6 +482,38 @@ def test_validate_holds_the_file_to_the_limits_of_the_settings() -> None:
 
     assert fault["code"] == "file_too_large"
     assert fault["message"].endswith("; it must have at most 10.")
+
+
+def test_validate_holds_the_file_to_what_openai_allows_if_the_settings_say_so() -> None:
+    Path("penstock.toml").write_text("[limits]\nembedding_inputs = 3\nstrict_openai = true\n")
+    line = (
+        '{"custom_id": "%s", "method": "POST", "url": "/v1/embeddings", '
+        '"body": {"model": "%s", "input": ["x", "y"]}}'
+    )
+    file = input_file(line % ("a", "m"), line % ("b", "n"))
+
+    faults = document("validate", file, exit_code=2)["faults"]
+
+    assert [(fault["code"], fault["line"]) for fault in faults] == [
+        ("too_many_embedding_inputs", None),
+        ("mismatched_model", 2),
+    ]
+
+
+def test_run_is_not_held_to_the_limits_of_a_server() -> None:
+    Path("penstock.toml").write_text(
+        "[limits]\nrequests_per_batch = 1\nembedding_inputs = 1\nstrict_openai = true\n"
+    )
+    line = LINE.replace("/v1/chat/completions", "/v1/embeddings").replace(
+        '"messages"', '"input"'
+    )
+    file = input_file(line, line.replace('"a"', '"b"').replace("qwen", "llama"), "{")
+
+    result = run("run", file, "--upstream", "http://127.0.0.1:9/v1")
+
+    assert result.exit_code == 2
+    assert "faults (1)" in result.stderr
+    assert "in.jsonl:3: invalid_json_line" in result.stdout
 
 
 def test_an_unknown_endpoint_is_told_with_those_there_are() -> None:

@@ -3,6 +3,7 @@ how the bytes arrive."""
 
 import json
 import re
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from penstock import jsonl
 from penstock.jsonl import (
     BOM,
     MAX_CUSTOM_ID_CHARS,
+    MAX_NESTING,
     CheckedInput,
     InputChecker,
     InputRules,
@@ -25,6 +27,7 @@ from penstock.jsonl import (
 from penstock.model import ENDPOINTS, Fault
 
 CHAT = ENDPOINTS["/v1/chat/completions"]
+EMBEDDINGS = ENDPOINTS["/v1/embeddings"]
 NOT_JSON = "This line is not parseable as valid JSON."
 BODY = {"model": "m", "messages": [{"role": "user", "content": "Hello."}]}
 
@@ -34,7 +37,9 @@ def rules(**changed: Any) -> InputRules:
         "endpoint": CHAT,
         "max_requests": 1000,
         "max_line_bytes": 1000,
+        "max_embedding_inputs": 1000,
         "max_faults": 100,
+        "one_model": False,
         "slice_requests": 100,
         "slice_bytes": 100_000,
     }
@@ -243,6 +248,13 @@ def test_models_are_told_in_the_order_of_their_first_appearance() -> None:
         ),
         (request(url="/v1/chat/completions/"), "invalid_url", "url", "The URL provided "),
         (request(url=["/v1/chat/completions"]), "invalid_url", "url", "The URL provided "),
+        (
+            request(url="/v1/nowhere"),
+            "invalid_url",
+            "url",
+            "The URL provided for this request does not match the batch endpoint. It is "
+            "'/v1/nowhere'; it must be '/v1/chat/completions'.",
+        ),
         (request(body="{}"), "invalid_type", "body", "Invalid type for 'body': "),
         (
             request(body=body(model=None)),
@@ -250,8 +262,18 @@ def test_models_are_told_in_the_order_of_their_first_appearance() -> None:
             "body.model",
             "Model parameter is required.",
         ),
-        (request(body=body(model="")), "invalid_request", "body.model", "Model parameter "),
-        (request(body=body(model=1)), "invalid_request", "body.model", "Model parameter "),
+        (
+            request(body=body(model="")),
+            "invalid_request",
+            "body.model",
+            "Model parameter is required. It must be a name, but is an empty string.",
+        ),
+        (
+            request(body=body(model=1)),
+            "invalid_request",
+            "body.model",
+            "Model parameter is required. It must be a name, but is a number.",
+        ),
         (
             request(body=body(messages=None)),
             "invalid_request",
@@ -262,8 +284,10 @@ def test_models_are_told_in_the_order_of_their_first_appearance() -> None:
             request(body=body(stream=True)),
             "streaming_unsupported",
             "body.stream",
-            "Streaming is not supported in the Batch API.",
+            "Chat Completions: Streaming is not supported in the Batch API.",
         ),
+        (request(body=body(stream="yes")), "streaming_unsupported", "body.stream", "Chat "),
+        (request(body=body(stream=1)), "streaming_unsupported", "body.stream", "Chat "),
     ],
 )
 def test_a_fault_has_the_code_the_param_and_the_words_that_clients_look_for(
@@ -308,16 +332,103 @@ def test_invalid_utf8_is_found_also_where_nobody_looks() -> None:
     assert faults_of(request("a") + bad + request("c")) == [("invalid_json_line", None, 2)]
 
 
-@pytest.mark.parametrize("depth", [100_000, 2_000_000])
-def test_a_line_that_is_nested_too_deeply_is_a_fault_and_no_crash(depth: int) -> None:
-    line = request("b", body=body(messages="X")).replace(b'"X"', b"[" * depth + b"]" * depth)
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("/v1/completions", "Completions: Streaming is not supported in the Batch API."),
+        ("/v1/responses", "Responses: Streaming is not supported in the Batch API."),
+        ("/v1/images/edits", "Images Edits: Streaming is not supported in the Batch API."),
+    ],
+)
+def test_the_endpoint_stands_before_the_words_about_streaming(path: str, words: str) -> None:
+    fields = {**dict.fromkeys(ENDPOINTS[path].required, "x"), "stream": True}
+    checked = check(request(url=path, body=fields), endpoint=ENDPOINTS[path])
+
+    [fault] = checked.faults
+    assert fault.message.startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("path", "param", "words"),
+    [
+        ("/v1/completions", "prompt", "Prompt parameter is required."),
+        ("/v1/embeddings", "input", "Input parameter is required."),
+        ("/v1/rerank", "documents", "Documents parameter is required."),
+        ("/v1/images/edits", "prompt", "Prompt parameter is required."),
+        ("/v1/videos", "prompt", "Prompt parameter is required."),
+    ],
+)
+def test_a_missing_parameter_is_named(path: str, param: str, words: str) -> None:
+    endpoint = ENDPOINTS[path]
+    fields = {name: "x" for name in endpoint.required if name != param}
+
+    checked = check(request(url=path, body=fields), endpoint=endpoint)
+
+    assert checked.faults == [
+        Fault(code="invalid_request", message=words, param=f"body.{param}", line=1)
+    ]
+
+
+def nested(levels: int, opening: bytes = b"[", closing: bytes = b"]") -> bytes:
+    """A line of so many levels, two of which are its own object and its body."""
+    inner = opening * (levels - 2) + b"1" + closing * (levels - 2)
+    return request("deep", body=body(messages="X")).replace(b'"X"', inner)
+
+
+@pytest.mark.parametrize("depth", [1000, 100_000, 2_000_000])
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_line_that_is_nested_too_deeply_is_a_fault_and_no_crash(
+    depth: int, is_whole: bool
+) -> None:
+    line = nested(depth) if is_whole else b"[" * depth + b"\n"
 
     checked = check(request("a") + line, max_line_bytes=10_000_000)
 
-    assert faults_of(request("a") + line, max_line_bytes=10_000_000) == [
-        ("invalid_json_line", None, 2)
-    ]
-    assert "nested too deeply" in checked.faults[0].message
+    assert [(f.code, f.line) for f in checked.faults] == [("invalid_json_line", 2)]
+    assert checked.faults[0].message == (
+        f"{NOT_JSON} It is nested too deeply; 500 levels are allowed."
+    )
+
+
+def below(calls: int, work: Callable[[], Any]) -> Any:
+    return below(calls - 1, work) if calls else work()
+
+
+@pytest.mark.parametrize(
+    ("opening", "closing"), [(b"[", b"]"), (b'{"a":', b"}"), (b'[{"a":"]}","b":', b"}]")]
+)
+def test_a_line_may_have_as_many_levels_as_a_worker_can_read_in_any_place(
+    opening: bytes, closing: bytes
+) -> None:
+    at_once = len(closing)
+    levels = 2 + (MAX_NESTING - 2) // at_once
+    good, bad = nested(levels, opening, closing), nested(levels + 1, opening, closing)
+
+    checked = check(good, max_line_bytes=100_000)
+
+    assert checked.faults == []
+    assert faults_of(bad, max_line_bytes=100_000) == [("invalid_json_line", None, 1)]
+    # Far more calls than a worker reads from, and far fewer than a decoder allows.
+    assert len(below(350, lambda: requests_of(good, checked))) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param([[1]] * 2000, id="beside each other"),
+        pytest.param("[{" * 2000, id="in a text"),
+        pytest.param('\\"[[[' * 2000 + "\\", id="in a text with quotes"),
+        pytest.param("]}" * 2000, id="only closed"),
+    ],
+)
+def test_brackets_that_do_not_nest_are_no_levels(content: object) -> None:
+    line = request(body=body(messages=content))
+
+    assert check(line, max_line_bytes=100_000).faults == []
+    assert [fault.code for fault in check(json.dumps(content).encode()).faults] in (
+        ["line_too_long"],
+        ["invalid_json_line"],
+    )
 
 
 def test_a_message_shows_long_values_short_and_on_one_line() -> None:
@@ -338,8 +449,148 @@ def test_a_model_that_no_upstream_serves_is_refused() -> None:
     assert [(f.code, f.param, f.line) for f in checked.faults] == [
         ("model_not_found", "body.model", 2)
     ]
-    assert checked.faults[0].message.startswith("The provided model 'gpt' is not supported by ")
+    assert checked.faults[0].message == (
+        "The provided model 'gpt' is not supported by the Batch API. No upstream serves it."
+    )
     assert checked.models == ["m"]
+
+
+@pytest.mark.parametrize(
+    ("served", "told"),
+    [
+        (("m",), "The upstreams serve 'm'."),
+        (("m", "llama-*"), "The upstreams serve 'm', 'llama-*'."),
+        (
+            tuple(f"m{n}" for n in range(23)),
+            "The upstreams serve " + ", ".join(f"'m{n}'" for n in range(20)) + " and 3 more.",
+        ),
+    ],
+)
+def test_who_names_a_wrong_model_is_told_the_right_ones(
+    served: tuple[str, ...], told: str
+) -> None:
+    line = request(body=body(model="gpt"))
+
+    [fault] = check(line, accepts_model=lambda model: False, served_models=served).faults
+
+    assert fault.message == (
+        f"The provided model 'gpt' is not supported by the Batch API. {told}"
+    )
+
+
+def test_a_file_may_have_many_models_unless_it_may_have_one_only() -> None:
+    models = ["z", "a", "z", "b"]
+    data = b"".join(request(f"r{n}", body=body(model=m)) for n, m in enumerate(models))
+
+    assert check(data).faults == []
+    checked = check(data, one_model=True)
+
+    assert [(f.code, f.param, f.line) for f in checked.faults] == [
+        ("mismatched_model", "body.model", 2),
+        ("mismatched_model", "body.model", 4),
+    ]
+    assert checked.faults[1].message == (
+        "The model 'b' of this line is not 'z', which line 1 names; all lines of a batch must "
+        "name the same one."
+    )
+    assert checked.models == ["z", "a", "b"]
+
+
+def test_the_first_good_line_says_which_model_is_the_one() -> None:
+    data = (
+        request("0", body=body(model="unserved"))
+        + request("1", body=body(model="a", stream=True))
+        + request("2", body=body(model="b"))
+        + request("3", body=body(model="a"))
+        + request("4", body=body(model="a", stream=True))
+        + request("5", body=body(model="b"))
+    )
+    rules: dict[str, Any] = {"one_model": True, "accepts_model": lambda m: m != "unserved"}
+
+    for endpoint in (CHAT, None):
+        checked = check(data, endpoint=endpoint, **rules)
+
+        assert [(f.code, f.line) for f in checked.faults] == [
+            ("model_not_found", 1),
+            ("streaming_unsupported", 2),
+            ("mismatched_model", 4),
+            ("mismatched_model", 5),
+            ("streaming_unsupported", 5),
+        ]
+        assert "'b', which line 3 names" in checked.faults[2].message
+
+
+def test_without_an_endpoint_the_first_line_says_which_model_is_the_one() -> None:
+    data = request("1", body=body(model="a")) + request("2", body=body(model="b"))
+
+    assert faults_of(data, endpoint=None, one_model=True) == [
+        ("mismatched_model", "body.model", 2)
+    ]
+
+
+# Embeddings
+
+
+def embed(given: object, custom_id: str = "a") -> bytes:
+    return request(custom_id, url=EMBEDDINGS.path, body={"model": "m", "input": given})
+
+
+@pytest.mark.parametrize("endpoint", [EMBEDDINGS, None])
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [
+        pytest.param("a text, of [1, 2]", 1, id="a text"),
+        pytest.param([1, 2, 3], 1, id="tokens"),
+        pytest.param([-1, 2, 3], 1, id="negative tokens"),
+        pytest.param(["a", "b, c", "]"], 3, id="texts"),
+        pytest.param([[1, 2], [3], [4, 5]], 3, id="lists of tokens"),
+        pytest.param([{"type": "text"}, {"type": "text"}], 2, id="parts"),
+        pytest.param([], 0, id="nothing"),
+        pytest.param({"text": ["a", "b"]}, 1, id="an object"),
+        pytest.param(None, 1, id="null"),
+    ],
+)
+def test_the_inputs_of_a_line_are_counted(given: object, count: int, endpoint: Any) -> None:
+    line = embed("GIVEN").replace(b'"GIVEN"', json.dumps(given, indent=0).encode())
+    line = line.replace(b"\n", b" ").strip() + b"\n"
+    data = line + embed(["one", "two"], "b")
+
+    assert check(data, endpoint=endpoint, max_embedding_inputs=count + 2).faults == []
+    [fault] = check(data, endpoint=endpoint, max_embedding_inputs=count + 1).faults
+
+    assert fault == Fault(
+        code="too_many_embedding_inputs",
+        message=f"The requests of the input file hold {count + 2} inputs together; "
+        f"at most {count + 1} are allowed.",
+        param="body.input",
+    )
+
+
+def test_the_inputs_of_faulty_lines_count_too() -> None:
+    faulty = embed(["x", "y"], "").replace(b"POST", b"PUT")
+
+    checked = check(embed("a") + faulty, endpoint=EMBEDDINGS, max_embedding_inputs=2)
+
+    assert [(f.code, f.line) for f in checked.faults] == [
+        ("too_many_embedding_inputs", None),
+        ("invalid_custom_id", 2),
+        ("invalid_method", 2),
+    ]
+    assert "hold 3 inputs" in checked.faults[0].message
+
+
+def test_a_file_that_is_read_twice_has_its_inputs_counted_once() -> None:
+    data = embed(["x", "y"]) * 2
+
+    assert faults_of(data, endpoint=EMBEDDINGS, max_embedding_inputs=4) == [
+        ("duplicate_custom_id", "custom_id", 2)
+    ]
+
+
+def test_inputs_of_other_endpoints_do_not_count() -> None:
+    line = request(body=body(input=["x"] * 10))
+
+    assert check(line, max_embedding_inputs=1).faults == []
 
 
 # Endpoint
@@ -399,7 +650,9 @@ def test_a_long_line_is_one_fault_and_the_lines_around_it_are_read(step: int) ->
         ("invalid_json_line", 3),
         ("line_too_long", 4),
     ]
-    assert checked.faults[0].message == "This line is longer than 400 bytes."
+    assert {fault.message for fault in (checked.faults[0], checked.faults[2])} == {
+        f"This line is longer than 400 bytes: it has {len(long) - 1}."
+    }
     assert checked.total == 5
 
 
@@ -433,9 +686,11 @@ def test_a_repeated_custom_id_is_told_with_the_line_that_has_it_first() -> None:
         ("duplicate_custom_id", "custom_id", line) for line in (4, 5, 6)
     ]
     assert checked.faults[0].message == (
-        "The custom_id 'a' of this line is already used by line 1."
+        "The custom_id 'a' of line 4 is already used by line 1."
     )
-    assert checked.faults[2].message.endswith("already used by line 3.")
+    assert checked.faults[2].message == (
+        "The custom_id 'b' of line 6 is already used by line 3."
+    )
 
 
 def test_faults_come_in_line_order_duplicates_too() -> None:
@@ -488,9 +743,12 @@ def test_a_file_with_too_many_requests_is_refused() -> None:
 
     assert check(data, max_requests=4).faults == []
     assert faults_of(data + b"{\n", max_requests=4) == [
-        ("too_many_requests", None, None),
+        ("too_many_tasks", None, None),
         ("invalid_json_line", None, 5),
     ]
+    assert check(data, max_requests=3).faults[0].message == (
+        "The input file holds 4 requests; at most 3 are allowed."
+    )
 
 
 def test_faults_are_told_up_to_a_limit_and_then_counted() -> None:
@@ -504,6 +762,24 @@ def test_faults_are_told_up_to_a_limit_and_then_counted() -> None:
         message="The input file has 7 faults; only the first 4 are listed.",
     )
     assert len(check(data, max_faults=7).faults) == 7
+
+
+def test_a_fault_of_the_whole_file_is_one_of_those_that_are_told() -> None:
+    checked = check(b"[]\n" * 5, max_faults=3, max_requests=4)
+
+    assert [(fault.code, fault.line) for fault in checked.faults] == [
+        ("too_many_tasks", None),
+        ("invalid_json_line", 1),
+        ("invalid_json_line", 2),
+        ("too_many_faults", None),
+    ]
+    assert "has 6 faults; only the first 3 are" in checked.faults[-1].message
+
+
+def test_a_duplicate_is_told_before_the_faults_of_later_lines() -> None:
+    data = request("a") * 2 + b"[]\n" * 5
+
+    assert [fault.line for fault in check(data, max_faults=3).faults] == [2, 3, 4, None]
 
 
 def test_a_file_on_disk_is_checked_in_the_same_way(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_an_unknown_name_is_refused_and_the_nearest_one_told(
     )
 
 
-@pytest.mark.parametrize("name", ["database_url", "storage_url", "webhooks"])
+@pytest.mark.parametrize("name", ["database_url", "storage_url", "metrics"])
 def test_a_setting_of_a_later_release_is_unknown(name: str) -> None:
     assert refused(f'{name} = "x"').startswith(
         f"There is no setting {name} (file penstock.toml); there are data_dir, api_key, "
@@ -233,6 +233,11 @@ def test_variables_of_the_client_and_of_kubernetes_are_passed_over(
         ('[limits]\ndefault_completion_window = "31d"', "limits.default_completion_window is "
          '"31d" (file penstock.toml); it must not be longer than limits.max_completion_window, '
          "30d."),
+        ('[limits]\nstrict_openai = true\ndefault_completion_window = "1h"',
+         'limits.default_completion_window is "1h" (file penstock.toml); it must be 24h '
+         "because limits.strict_openai is true."),
+        ('[limits]\nstrict_openai = "yes, please"', 'limits.strict_openai is "yes, please" '
+         "(file penstock.toml); it must be true or false."),
         ('data_dir = ""', 'data_dir is "" (file penstock.toml); it must be a path.'),
         ('[upstreams]\nname = "a"', "upstreams (file penstock.toml) must be a list of tables: "
          "write [[upstreams]] before each."),
@@ -269,6 +274,14 @@ def test_a_base_url_must_be_one(url: str) -> None:
     assert refused(upstreams=upstream_from_flag(url)).startswith(
         f'upstreams[0].base_url is "{url}" (flag --upstream); it must be an http or https URL'
     )
+
+
+def test_the_models_of_all_upstreams_are_told_once() -> None:
+    first = {"name": "a", "base_url": "http://a/v1", "models": ["x*", "y"]}
+    second = {"name": "b", "base_url": "http://b/v1", "models": ["y", "z"]}
+
+    assert load(upstreams=[first, second]).served_models == ("x*", "y", "z")
+    assert load().served_models == ()
 
 
 def test_a_base_url_ends_without_a_slash() -> None:
@@ -391,3 +404,135 @@ def test_settings_in_force_are_told_with_their_source_and_without_secrets(
     )
     assert shown["projects[0].api_keys"] == ("[***]", "file penstock.toml")
     assert "sk-" not in repr(settings) + str(shown)
+
+
+# Webhooks
+
+HOOK_SECRET = "whsec_AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
+
+
+def hook(*more: str, url: str = "https://example.org/hook", secret: str = HOOK_SECRET) -> str:
+    head = f'[[webhooks]]\nproject = "default"\nurl = "{url}"\nsecret = "{secret}"\n'
+    return head + "".join(f"{line}\n" for line in more)
+
+
+def test_a_webhook_is_told_of_a_project() -> None:
+    settings = load('[[projects]]\nname = "a"\n' + hook().replace("default", "a"))
+
+    [webhook] = settings.webhooks
+    assert (webhook.project, webhook.url) == ("a", "https://example.org/hook")
+    assert webhook.keys == (bytes(range(32)),)
+    assert not webhook.allow_private_addresses
+
+
+def test_a_webhook_may_have_a_secret_from_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLD", "somebody chose this secret")
+
+    [webhook] = load(hook('previous_secret = { env = "OLD" }')).webhooks
+
+    assert webhook.keys == (bytes(range(32)), b"somebody chose this secret")
+
+
+def test_a_webhook_has_a_project_that_is_there() -> None:
+    toml = '[[projects]]\nname = "a"\n' + hook().replace('"default"', '"b"')
+
+    assert refused(toml) == (
+        'webhooks[0].project is "b" (file penstock.toml); it must be one of default, a.'
+    )
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://example.org/",
+        "example.org",
+        "https://",
+        "https:///hook",
+        "https://example.org/hook#part",
+        "https://me:pass@example.org/",
+        "https://me@example.org/",
+        "https://exa mple.org/",
+        "https://example.org/a b",
+        "https://example.org:99999/",
+        "https://[::1/",
+    ],
+)
+def test_the_url_of_a_webhook_must_be_one(url: str) -> None:
+    assert "it must be an http or https URL with a host" in refused(hook(url=url))
+
+
+@pytest.mark.parametrize(
+    ("url", "normal"),
+    [
+        ("https://EXAMPLE.org", "https://example.org/"),
+        ("https://example.org:443/a?b=c", "https://example.org/a?b=c"),
+        ("https://zürich.example/", "https://xn--zrich-kva.example/"),
+    ],
+)
+def test_the_url_of_a_webhook_has_one_form(url: str, normal: str) -> None:
+    assert load(hook(url=url)).webhooks[0].url == normal
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "localhost",
+        "localhost.",
+        "127.0.0.1",
+        "127.1",
+        "0x7f.1",
+        "2130706433",
+        "10.1.2.3",
+        "169.254.169.254",
+        "224.0.0.1",
+        "0.0.0.0",
+        "[::1]",
+        "[::]",
+        "[fe80::1]",
+        "[fd00::1]",
+        "[::ffff:192.168.0.1]",
+    ],
+)
+def test_a_webhook_within_a_network_of_one_s_own_must_be_allowed(host: str) -> None:
+    toml = hook(url=f"http://{host}:9000/hook")
+
+    message = refused(toml)
+
+    assert message.startswith("webhooks[0].url is ")
+    assert message.endswith(
+        "it must not lead to an address that is not public unless "
+        "webhooks[0].allow_private_addresses is true."
+    )
+    assert load(toml + "allow_private_addresses = true").webhooks
+
+
+def test_a_webhook_is_told_once() -> None:
+    assert refused(hook() + hook(url="HTTPS://example.org:443/hook")) == (
+        'webhooks[1].url is "https://example.org/hook" (file penstock.toml); it must not be '
+        "that of webhooks[0], which is of the same project."
+    )
+    other = '[[projects]]\nname = "a"\n' + hook().replace("default", "a")
+    assert len(load(hook() + other).webhooks) == 2
+
+
+@pytest.mark.parametrize("name", ["secret", "previous_secret"])
+@pytest.mark.parametrize("value", ['"too-short"', '"whsec_c2hvcnQ="', '{ env = "GONE" }', "1"])
+def test_a_secret_that_is_none_is_refused_and_not_told(name: str, value: str) -> None:
+    line = f"secret = {value}"
+    toml = hook().replace(f'secret = "{HOOK_SECRET}"', line) if name == "secret" else ""
+
+    message = refused(toml or hook(f"{name} = {value}"))
+
+    assert message.startswith(f"webhooks[0].{name} (file penstock.toml) cannot be used; it ")
+    assert "too-short" not in message
+    assert "c2hvcnQ" not in message
+
+
+def test_the_secrets_of_a_webhook_are_not_shown() -> None:
+    settings = load(hook(f'previous_secret = "{"s" * 30}"'))
+
+    shown = {row.name: row.value for row in settings.describe()}
+
+    assert shown["webhooks[0].secret"] == shown["webhooks[0].previous_secret"] == "***"
+    assert "AAEC" not in repr(settings) + str(shown)
+    assert "sss" not in repr(settings) + str(shown)

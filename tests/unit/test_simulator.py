@@ -206,15 +206,27 @@ class TestAnswers:
 
             assert [result["flagged"] for result in reply["results"]] == [False] * count
 
-    async def test_images_are_real(self, client: Client) -> None:
-        request = {"model": "m", "prompt": "a cat", "n": 2}
+    @pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/images/edits"])
+    async def test_images_are_real(self, path: str, client: Client) -> None:
+        request = {"model": "m", "prompt": "a cat", "images": [{"file_id": "f"}], "n": 2}
 
-        reply = (await client.post("/v1/images/generations", request)).json
+        reply = (await client.post(path, request)).json
 
         images = [base64.b64decode(image["b64_json"]) for image in reply["data"]]
         assert len(images) == 2
         assert images[0].startswith(b"\x89PNG\r\n")
         assert images[0].endswith(b"IEND\xaeB`\x82")
+
+    async def test_a_video_is_as_it_was_asked_for(self, client: Client) -> None:
+        request = {"model": "m", "prompt": "a cat", "seconds": "8"}
+
+        reply = (await client.post("/v1/videos", request)).json
+
+        assert reply["object"] == "video"
+        assert reply["id"].startswith("video_")
+        assert (reply["status"], reply["progress"]) == ("completed", 100)
+        assert (reply["model"], reply["prompt"]) == ("m", "a cat")
+        assert (reply["seconds"], reply["size"]) == ("8", "720x1280")
 
     async def test_documents_are_ranked_by_their_score(self, client: Client) -> None:
         request = {"model": "m", "query": "q", "documents": ["a", {"text": "b"}, "c"]}

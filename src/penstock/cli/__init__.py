@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from penstock import __version__
-from penstock.cli import batches, local, work
+from penstock.cli import batches, local, webhooks, work
 from penstock.cli.options import FAILED, INTERRUPTED, REFUSED
 from penstock.errors import PenstockError, StorageUnavailable, UpstreamDown
 
@@ -70,6 +70,7 @@ app.command()(batches.watch)
 app.command()(batches.download)
 app.command()(batches.cancel)
 app.add_typer(local.keys, name="keys")
+app.add_typer(webhooks.webhooks, name="webhooks")
 app.command()(local.check)
 
 

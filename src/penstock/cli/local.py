@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-def _run(work: Coroutine[Any, Any, _T]) -> _T:
+def run_async(work: Coroutine[Any, Any, _T]) -> _T:
+    """Run a coroutine to its end."""
     import asyncio
 
     return asyncio.run(work)
@@ -109,10 +110,13 @@ def check_input(
         endpoint=endpoint,
         max_requests=limits.requests_per_batch,
         max_line_bytes=limits.line_bytes,
+        max_embedding_inputs=limits.embedding_inputs,
         max_faults=_TOLD_FAULTS,
+        one_model=limits.strict_openai,
         slice_requests=worker.slice_requests,
         slice_bytes=worker.slice_bytes,
         accepts_model=accepts_model,
+        served_models=settings.served_models,
     )
     try:
         checked = check_file(file, rules)
@@ -239,7 +243,7 @@ def check(config: Config = None, data_dir: DataDir = None, as_json: AsJson = Fal
             add_row(settings_table, row.name, row.value, row.source)
         print_view(settings_table)
         typer.echo()
-    findings = _run(check_all(settings))
+    findings = run_async(check_all(settings))
     is_good = all(finding.verdict is not Verdict.PROBLEM for finding in findings)
     if as_json:
         print_json(
@@ -299,7 +303,7 @@ def create_key(
     except OSError as error:
         raise InvalidSettings(f"{directory} cannot be made: {error.strerror}.") from error
     key = new_key()
-    record = _run(_add_key(directory, project, key))
+    record = run_async(_add_key(directory, project, key))
     if as_json:
         print_json({**_key_document(record), "key": key})
     else:
@@ -332,13 +336,13 @@ def list_keys(config: Config = None, data_dir: DataDir = None, as_json: AsJson =
     from penstock.checkup import open_store
     from penstock.terminal import add_row, moment, table
 
-    directory = _used_data_dir(data_dir, config)
+    directory = used_data_dir(data_dir, config)
 
     async def read() -> "list[ApiKey]":
         async with open_store(directory) as store:
             return await store.list_keys()
 
-    found = _run(read())
+    found = run_async(read())
     if as_json:
         print_json({"object": "list", "data": [_key_document(key) for key in found]})
         return
@@ -360,20 +364,21 @@ def revoke_key(
     from penstock.checkup import open_store
     from penstock.model import KeyId
 
-    directory = _used_data_dir(data_dir, config)
+    directory = used_data_dir(data_dir, config)
 
     async def revoke() -> "ApiKey":
         async with open_store(directory) as store:
             return await store.revoke_key(KeyId(key_id), now=int(time.time()))
 
-    key = _run(revoke())
+    key = run_async(revoke())
     if as_json:
         print_json(_key_document(key))
     else:
         typer.echo(f"Key {key.id} of the project {key.project} is revoked.")
 
 
-def _used_data_dir(flag: Path | None, config: Path | None) -> Path:
+def used_data_dir(flag: Path | None, config: Path | None) -> Path:
+    """The data directory, which must have been used before."""
     from penstock.checkup import has_database
     from penstock.places import find_data_dir
 

@@ -130,8 +130,11 @@ def run(
             "server.host": "127.0.0.1",
             "limits.requests_per_batch": _NO_LIMIT,
             "limits.input_file_bytes": _NO_LIMIT,
+            "limits.embedding_inputs": _NO_LIMIT,
+            "limits.strict_openai": False,
             "limits.max_completion_window": "3650d",
             "upstreams": chosen,
+            "webhooks": [],  # they are told what a server does
         },
     )
     if not settings.upstreams:
@@ -141,8 +144,7 @@ def run(
     configure_logging(level=logging.ERROR)
 
     def accepts_model(model: str) -> bool:
-        patterns = (pattern for each in settings.upstreams for pattern in each.models)
-        return any(fnmatchcase(model, pattern) for pattern in patterns)
+        return any(fnmatchcase(model, pattern) for pattern in settings.served_models)
 
     checked = check_input(file, settings, None, accepts_model=accepts_model)
     if checked.faults:

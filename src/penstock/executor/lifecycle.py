@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass
 from enum import Enum, auto
+from weakref import WeakValueDictionary
 
 import msgspec
 import structlog
@@ -92,12 +93,18 @@ class LifecycleOptions:
 
     max_requests: int
     max_line_bytes: int
+    max_embedding_inputs: int
+    """The most inputs of all lines of a batch that asks for embeddings."""
     max_faults: int
+    one_model: bool
+    """Whether all lines of a batch must name the same model."""
     slice_requests: int
     slice_bytes: int
     file_retention_s: int
     """How long output and error files are kept, from their creation, unless a batch says
     otherwise."""
+    served_models: tuple[str, ...]
+    """The models that the upstreams serve, by name or pattern: told to who names another."""
 
 
 class _Gap(PenstockError):
@@ -150,6 +157,7 @@ class Lifecycle:
         self._feed = feed
         self._reading = asyncio.Semaphore(_AT_ONCE)
         self._writing = asyncio.Semaphore(_AT_ONCE)
+        self._settling: WeakValueDictionary[BatchId, asyncio.Lock] = WeakValueDictionary()
 
     # Validate
 
@@ -212,10 +220,13 @@ class Lifecycle:
                 endpoint=find_endpoint(batch.endpoint),
                 max_requests=options.max_requests,
                 max_line_bytes=options.max_line_bytes,
+                max_embedding_inputs=options.max_embedding_inputs,
                 max_faults=options.max_faults,
+                one_model=options.one_model,
                 slice_requests=options.slice_requests,
                 slice_bytes=options.slice_bytes,
                 accepts_model=self._accepts_model,
+                served_models=options.served_models,
             )
         )
         while True:
@@ -232,6 +243,13 @@ class Lifecycle:
         await self._until_stored(lambda: self._settle(BatchId(batch_id)))
 
     async def _settle(self, batch_id: BatchId) -> None:
+        # A batch that ends as its window closes has both jobs: one would miss the replies
+        # that the other has copied and deleted.
+        lock = self._settling.setdefault(batch_id, asyncio.Lock())
+        async with lock:
+            await self._settle_alone(batch_id)
+
+    async def _settle_alone(self, batch_id: BatchId) -> None:
         batch = await self._store.get_batch(batch_id)
         if batch.status in FINAL:
             return
@@ -258,7 +276,7 @@ class Lifecycle:
                 # A cancel came in between; its own job looks again.
                 return
             if not is_done:
-                await self._settle(batch_id)
+                await self._settle_alone(batch_id)
 
     async def _until_stored(self, attempt: Callable[[], Awaitable[None]]) -> None:
         """Try again every second while disk or database take nothing."""
