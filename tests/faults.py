@@ -31,6 +31,11 @@ GROUP = "tests/unit/test_group.py"
 BLOBS = "tests/unit/test_blobs.py"
 ENGINE = "tests/unit/test_engine.py"
 RUNNING = "tests/integration/test_running.py"
+WEBHOOKS = "tests/integration/test_webhooks.py"
+WEBHOOK_HTTP = "tests/unit/test_webhook_http.py"
+SCHEDULE = "tests/unit/test_webhook_schedule.py"
+ADDRESSES = "tests/unit/test_addresses.py"
+SIGNING = "tests/unit/test_signing.py"
 
 
 @dataclass(frozen=True)
@@ -339,8 +344,8 @@ FAULTS = [
     Fault(
         "jsonl: a carriage return ends a line",
         "jsonl.py",
-        'lines = block.split(b"\\n")',
-        "lines = block.splitlines()",
+        "BytesIO(block).readlines()",
+        "block.splitlines(keepends=True)",
         JSONL,
         "ways_of_other_systems or line_numbers",
     ),
@@ -371,8 +376,8 @@ FAULTS = [
     Fault(
         "jsonl: the longest line is one byte shorter",
         "jsonl.py",
-        "            if len(text) > max_bytes:",
-        "            if len(text) >= max_bytes:",
+        "and _length(text) > max_bytes:",
+        "and _length(text) >= max_bytes:",
         JSONL,
         "longest_line",
     ),
@@ -391,6 +396,38 @@ FAULTS = [
         "        if False:\n            hashed",
         JSONL,
         "faulty_line",
+    ),
+    Fault(
+        "jsonl: a line may be nested as deeply as the checker can read",
+        "jsonl.py",
+        "and (len(text) <= _SURELY_FLAT_BYTES or not _is_too_deep(text))",
+        "and True",
+        JSONL,
+        "levels",
+    ),
+    Fault(
+        "jsonl: the second model of a file is taken where one is allowed",
+        "jsonl.py",
+        "not self._rules.one_model or model == self._model",
+        "True",
+        JSONL,
+        "model",
+    ),
+    Fault(
+        "jsonl: a list of tokens counts as many inputs",
+        "jsonl.py",
+        '_SEVERAL = re.compile(rb"\\[\\s*[^\\s0-9-]")',
+        '_SEVERAL = re.compile(rb"\\[")',
+        JSONL,
+        "counted",
+    ),
+    Fault(
+        "jsonl: duplicates come after all other faults when there are many",
+        "jsonl.py",
+        "self._faults_before, self._faults = self._faults, []",
+        "pass",
+        JSONL,
+        "later_lines",
     ),
     # Segments and blobs
     Fault(
@@ -481,6 +518,117 @@ FAULTS = [
         "            if (waiting",
         ENGINE,
         "cancel",
+    ),
+    # Webhooks
+    Fault(
+        "webhooks: a delivery is tried before its time",
+        "executor/webhooks.py",
+        "if due_at > time.time():",
+        "if False:",
+        WEBHOOKS,
+        "before_its_time",
+    ),
+    Fault(
+        "webhooks: the attempts at one webhook have no limit",
+        "executor/webhooks.py",
+        "lambda: asyncio.Semaphore(_AT_ONCE)",
+        "lambda: asyncio.Semaphore(1000)",
+        WEBHOOKS,
+        "dead",
+    ),
+    Fault(
+        "webhooks: all webhooks share their places",
+        "executor/webhooks.py",
+        "self._places[delivery.webhook_id]:",
+        'self._places[WebhookId("")]:',
+        WEBHOOKS,
+        "dead",
+    ),
+    Fault(
+        "webhooks: a stop waits for attempts in flight",
+        "executor/webhooks.py",
+        "deadline.reschedule(over_at)",
+        "pass",
+        WEBHOOKS,
+        "cut_off",
+    ),
+    Fault(
+        "webhooks: pending deliveries are forgotten at a restart",
+        "executor/upkeep.py",
+        "await engine.enqueue(await store.list_due_deliveries(until=None))",
+        "pass",
+        WEBHOOKS,
+        "start_knows",
+    ),
+    Fault(
+        "webhooks: what is due is not looked for",
+        "executor/upkeep.py",
+        "await engine.enqueue(await store.list_due_deliveries(until=time.time()))",
+        "pass",
+        WEBHOOKS,
+        "another_process",
+    ),
+    Fault(
+        "engine: a job that waits does not become due sooner",
+        "engine/pgqueuer.py",
+        "elif waiting.due_at > max(job.due_at or 0.0, now):",
+        "elif False:",
+        ENGINE,
+        "first_of_two",
+    ),
+    Fault(
+        "webhooks: an attempt is scheduled after the last day",
+        "executor/webhooks.py",
+        "return at if at <= queued_at + self.life_s else None",
+        "return at if now <= queued_at + self.life_s else None",
+        SCHEDULE,
+    ),
+    Fault(
+        "webhooks: only the first address of a name is looked at",
+        "upstream/webhook_http.py",
+        "for address in addresses if is_private(address)]",
+        "for address in addresses[:1] if is_private(address)]",
+        WEBHOOK_HTTP,
+        "any_address",
+    ),
+    Fault(
+        "webhooks: the connection goes where the name leads then",
+        "upstream/webhook_http.py",
+        "builder = builder.resolve(host, address, url.port_or_known_default or 0)",
+        "pass",
+        WEBHOOK_HTTP,
+        "looked_at",
+    ),
+    Fault(
+        "webhooks: a redirect is followed",
+        "upstream/webhook_http.py",
+        ".follow_redirects(False)",
+        ".follow_redirects(True)",
+        WEBHOOK_HTTP,
+        "redirect",
+    ),
+    Fault(
+        "webhooks: a proxy of the environment is used",
+        "upstream/webhook_http.py",
+        ".no_proxy()",
+        "",
+        WEBHOOK_HTTP,
+        "proxy",
+    ),
+    Fault(
+        "webhooks: an IPv4 address in an IPv6 one is not seen",
+        "addresses.py",
+        "return address.ipv4_mapped or address.sixtofour",
+        "return address.ipv4_mapped",
+        ADDRESSES,
+    ),
+    Fault(
+        "webhooks: a signature is made with one secret only",
+        "signing.py",
+        "for key in keys]",
+        "for key in keys[:1]]",
+        SIGNING,
+        "either",
     ),
 ]
 

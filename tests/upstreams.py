@@ -205,7 +205,8 @@ class Received:
 class ScriptedUpstream:
     """Listens while its `async with` block runs; at its end all connections are dropped."""
 
-    def __init__(self, behave: Behave = be_good) -> None:
+    def __init__(self, behave: Behave = be_good, *, host: str = "127.0.0.1") -> None:
+        self._host = host
         self.behave = behave
         """What is done with each request; may be replaced at any time."""
         self.requests: list[Received] = []
@@ -231,7 +232,7 @@ class ScriptedUpstream:
         return [request.body for request in self.requests]
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, backlog=1024)
+        self._server = await asyncio.start_server(self._serve, self._host, 0, backlog=1024)
         self.port: int = self._server.sockets[0].getsockname()[1]
         return self
 

@@ -8,19 +8,24 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import AsyncGenerator, Iterator
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from penstock.errors import PenstockError, UpstreamDown
+from penstock.events import sample_event
 from penstock.places import database_path, store_url
-from penstock.settings import Settings, Upstream
+from penstock.settings import Settings, Upstream, WebhookSettings
 from penstock.store.sql import SqlStore
 from penstock.upstream.openai_http import OpenAIHttpUpstream
+from penstock.upstream.webhook import WebhookReply, WebhookTarget
+from penstock.upstream.webhook_http import HttpWebhookSender
 
 _SHOWN_MODELS = 5
 
@@ -44,13 +49,15 @@ class Finding:
 
 
 async def check_all(settings: Settings) -> list[Finding]:
-    """Try the data directory, the database and every upstream, in this order."""
+    """Try the data directory, the database and every upstream, and list the webhooks, in
+    this order."""
     findings = list(check_data_dir(settings))
     findings.append(await check_database(settings.data_dir))
     if not settings.upstreams:
         message = "None is set; add an [[upstreams]] table, or start with `--upstream URL`."
         findings.append(Finding("upstreams", Verdict.NOTE, message))
     findings += await asyncio.gather(*map(check_upstream, settings.upstreams))
+    findings += map(list_webhook, settings.webhooks)
     return findings
 
 
@@ -135,6 +142,43 @@ async def check_upstream(settings: Upstream) -> Finding:
     more = f" and {len(served) - _SHOWN_MODELS} more" if len(served) > _SHOWN_MODELS else ""
     names = ", ".join(served[:_SHOWN_MODELS])
     return Finding(what, Verdict.OK, f"It answers and serves {names}{more}.")
+
+
+def list_webhook(hook: WebhookSettings) -> Finding:
+    """What a webhook is told. Nothing is sent to it; `try_webhooks` does that."""
+    told = f"{hook.url} is told of the batches of {hook.project}"
+    if hook.url.startswith("http:") and not hook.allow_private_addresses:
+        message = f"{told}, over http, which others can read on its way; use https if it can."
+        return Finding("webhook", Verdict.NOTE, message)
+    return Finding("webhook", Verdict.OK, f"{told}; `penstock webhooks test` tries it.")
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What a webhook answered to a test event."""
+
+    hook: WebhookSettings
+    reply: WebhookReply
+
+
+async def try_webhooks(hooks: Sequence[WebhookSettings]) -> list[Tried]:
+    """Send a test event to each webhook, from this process and once."""
+    sender = HttpWebhookSender()
+
+    async def attempt(hook: WebhookSettings) -> Tried:
+        name = secrets.token_hex(16)
+        target = WebhookTarget(
+            url=hook.url,
+            keys=hook.keys,
+            allow_private_addresses=hook.allow_private_addresses,
+        )
+        body = sample_event(event_id=f"evt_{name}", now=int(time.time()))
+        return Tried(hook, await sender.send(target, message_id=f"wh_{name}", body=body))
+
+    try:
+        return await asyncio.gather(*map(attempt, hooks))
+    finally:
+        await sender.close()
 
 
 def has_database(data_dir: Path) -> bool:

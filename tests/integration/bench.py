@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from penstock.app import App, open_app
+from penstock.executor.webhooks import DeliveryPolicy
 from penstock.model import FINAL, Batch, Slice, SliceStatus
 from penstock.places import store_url
 from penstock.settings import Settings
@@ -90,6 +91,7 @@ class Bench:
         worker: Settings of the table `worker`.
         upstream: Settings of the one upstream.
         upstreams: All of that table instead.
+        deliveries: How patient to be with webhooks.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Bench:
         worker: dict[str, Any] | None = None,
         upstream: dict[str, Any] | None = None,
         upstreams: list[dict[str, Any]] | None = None,
+        deliveries: DeliveryPolicy | None = None,
         **more: Any,
     ) -> None:
         one = {"name": "one", "base_url": server.base_url, **(upstream or {})}
@@ -113,10 +116,13 @@ class Bench:
                 **more,
             }
         )
+        self._deliveries = deliveries or DeliveryPolicy()
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
-        self.app: App = await self._stack.enter_async_context(open_app(self.settings))
+        self.app: App = await self._stack.enter_async_context(
+            open_app(self.settings, deliveries=self._deliveries)
+        )
         self.store = SqlStore(store_url(self.data_dir))
         self._stack.push_async_callback(self.store.close)
         return self

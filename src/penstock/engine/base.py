@@ -26,8 +26,9 @@ class Engine(Protocol):
     async def enqueue(self, jobs: Sequence[Job], *, connection: object | None = None) -> None:
         """Take over jobs.
 
-        A job of the same kind and ID that waits already is not taken twice. One that is
-        being done is: the new one, of several the one due first, is handed out after it.
+        A job of the same kind and ID that waits already is not taken twice; it becomes due
+        when the first of the two is. One that is being done is: the new one, of several the
+        one due first, is handed out after it.
 
         Args:
             connection: The database connection whose open transaction the jobs belong to;

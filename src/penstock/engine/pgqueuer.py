@@ -2,12 +2,14 @@
 
 Nothing is kept here: the store is the truth, and whoever opens a data directory fills the
 engine from it. Cancellation, due times and handing out are PgQueuer's; that a job is not
-taken twice while it waits, and that one which is being done comes again after it, is ours.
+taken twice while it waits, that it may become due sooner, and that one which is being done
+comes again after it, is ours.
 """
 
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 
 import anyio
@@ -29,6 +31,14 @@ _HAND_OUT = 64
 _LOOK_AGAIN_S = 0.005
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A job that waits to be handed out."""
+
+    id: JobId
+    due_at: float
+
+
 class MemoryEngine:
     """Hands out jobs within one process."""
 
@@ -38,7 +48,7 @@ class MemoryEngine:
         self._queue = PgQueuer(driver, queries=self._jobs)
         # How soon it looks again when a notice was lost; in memory a look costs nothing.
         self._queue.qm.min_dequeue_poll_interval = timedelta(seconds=_LOOK_AGAIN_S)
-        self._waiting: dict[_Key, JobId] = {}
+        self._waiting: dict[_Key, _Waiting] = {}
         self._doing: dict[_Key, JobId] = {}
         self._again: dict[_Key, Job] = {}
         self._ended = asyncio.Event()
@@ -47,22 +57,28 @@ class MemoryEngine:
     def handle(self, kind: JobKind, handler: Handler) -> None:
         async def do(queued: QueuedJob, context: Context) -> None:
             key = (kind, (queued.payload or b"").decode())
-            await self._do(key, handler, context)
+            await self._do(key, queued.id, handler, context)
 
         self._queue.entrypoint(kind.value, accepts_context=True)(do)
 
     async def enqueue(self, jobs: Sequence[Job], *, connection: object | None = None) -> None:
         del connection  # there is no transaction to be part of
+        now = time.time()
         fresh: dict[_Key, Job] = {}
+        late: list[JobId] = []
         for job in jobs:
             key = (job.kind, job.id)
             if key in self._doing:
                 self._again[key] = _sooner(job, self._again.get(key))
-            elif key not in self._waiting:
+            elif (waiting := self._waiting.get(key)) is None:
+                fresh[key] = _sooner(job, fresh.get(key))
+            elif waiting.due_at > max(job.due_at or 0.0, now):
+                late.append(self._waiting.pop(key).id)
                 fresh[key] = job
+        if late:
+            await self._jobs.mark_job_as_cancelled(late)
         if not fresh:
             return
-        now = time.time()
         ids = await self._jobs.enqueue(
             [job.kind.value for job in fresh.values()],
             [job.id.encode() for job in fresh.values()],
@@ -72,7 +88,8 @@ class MemoryEngine:
                 for job in fresh.values()
             ],
         )
-        self._waiting.update(zip(fresh, ids, strict=True))
+        for (key, job), job_id in zip(fresh.items(), ids, strict=True):
+            self._waiting[key] = _Waiting(job_id, job.due_at or now)
 
     async def cancel(self, jobs: Sequence[Job]) -> None:
         ids: list[JobId] = []
@@ -80,7 +97,7 @@ class MemoryEngine:
             key = (job.kind, job.id)
             self._again.pop(key, None)
             if (waiting := self._waiting.pop(key, None)) is not None:
-                ids.append(waiting)
+                ids.append(waiting.id)
             elif (doing := self._doing.get(key)) is not None:
                 ids.append(doing)
         if ids:
@@ -99,10 +116,11 @@ class MemoryEngine:
         self._queue.shutdown.set()
         await self._ended.wait()
 
-    async def _do(self, key: _Key, handler: Handler, context: Context) -> None:
-        job_id = self._waiting.pop(key, None)
-        if job_id is None:
-            return  # cancelled between being handed out and being begun
+    async def _do(self, key: _Key, job_id: JobId, handler: Handler, context: Context) -> None:
+        waiting = self._waiting.get(key)
+        if waiting is None or waiting.id != job_id:
+            return  # cancelled or moved up between being handed out and being begun
+        del self._waiting[key]
         self._doing[key] = job_id
         stop = asyncio.Event()
         watching = asyncio.create_task(_watch(context.cancellation, stop))

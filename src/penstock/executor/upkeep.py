@@ -2,14 +2,23 @@
 
 import asyncio
 import time
+from contextlib import suppress
 
 import structlog
 
 from penstock.blobs.base import Blobs
 from penstock.blobs.segments import LocalSegments
 from penstock.engine.base import Engine
-from penstock.errors import NotFound, StorageUnavailable
-from penstock.model import KEY_LIFE_S, BatchStatus, File, Job, JobKind
+from penstock.errors import Conflict, NotFound, StorageUnavailable
+from penstock.model import (
+    KEY_LIFE_S,
+    BatchStatus,
+    File,
+    Job,
+    JobKind,
+    Upload,
+    UploadStatus,
+)
 from penstock.store.base import Store
 
 _log = structlog.get_logger()
@@ -46,11 +55,12 @@ async def recover(
 async def _sweep(*, store: Store, blobs: Blobs, segments: LocalSegments) -> None:
     """Delete bytes that nothing names: of files whose publishing was cut off."""
     keys: list[str] = []
-    async for key in blobs.iter_keys("files"):
-        keys.append(key)
-        if len(keys) >= _AT_ONCE:
-            await _delete_unused(store, blobs, keys)
-            keys = []
+    for prefix in ("files", "parts"):
+        async for key in blobs.iter_keys(prefix):
+            keys.append(key)
+            if len(keys) >= _AT_ONCE:
+                await _delete_unused(store, blobs, keys)
+                keys = []
     await _delete_unused(store, blobs, keys)
     unfinished = {batch.id for batch in await store.list_unfinished()}
     for batch_id in await asyncio.to_thread(segments.batches):
@@ -72,6 +82,9 @@ async def keep_up(*, store: Store, blobs: Blobs) -> None:
             while over := await store.list_expired_files(now=now, limit=_AT_ONCE):
                 for file in over:
                     await _delete_file(store, blobs, file)
+            while late := await store.list_late_uploads(now=now, limit=_AT_ONCE):
+                for upload in late:
+                    await _end_upload(store, blobs, upload)
             await store.forget_ended(
                 ended_before=now - _REMEMBER_S, begun_before=now - KEY_LIFE_S
             )
@@ -92,6 +105,13 @@ async def watch_deliveries(*, store: Store, engine: Engine) -> None:
             await engine.enqueue(await store.list_due_deliveries(until=time.time()))
         except StorageUnavailable as error:
             _log.warning("Deliveries cannot be looked at for now.", error=str(error))
+
+
+async def _end_upload(store: Store, blobs: Blobs, upload: Upload) -> None:
+    with suppress(Conflict):  # it has ended otherwise
+        await store.end_upload(upload.id, UploadStatus.EXPIRED, now=int(time.time()))
+        keys = [key async for key in blobs.iter_keys(f"parts/{upload.id}")]
+        await _delete_unused(store, blobs, keys)
 
 
 async def _delete_file(store: Store, blobs: Blobs, file: File) -> None:
