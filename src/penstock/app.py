@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import fcntl
 import gc
+import hashlib
 import math
 import os
 import resource
@@ -35,21 +36,25 @@ from penstock.executor.feeder import Feeder
 from penstock.executor.lifecycle import Lifecycle, LifecycleOptions
 from penstock.executor.partial import PartialResults
 from penstock.executor.retry import RetryPolicy
-from penstock.executor.upkeep import keep_up, recover
+from penstock.executor.upkeep import keep_up, recover, watch_deliveries
+from penstock.executor.webhooks import Deliverer, DeliveryPolicy
 from penstock.executor.worker import Worker, WorkerOptions
 from penstock.keys import key_digest, key_hint, new_key
-from penstock.model import ApiKey, JobKind, KeyId, ProjectId
+from penstock.model import ApiKey, JobKind, KeyId, ProjectId, Webhook, WebhookId
 from penstock.places import KEY_FILE, store_url
 from penstock.service import Service, ServiceLimits
-from penstock.settings import Settings
+from penstock.settings import DEFAULT_PROJECT, Settings
 from penstock.store.sql import SqlStore
 from penstock.telemetry import Health
+from penstock.uploads import Uploads
 from penstock.upstream.openai_http import OpenAIHttpUpstream
 from penstock.upstream.routes import Route, Routes
+from penstock.upstream.webhook import WebhookTarget
+from penstock.upstream.webhook_http import HttpWebhookSender
 
 _log = structlog.get_logger()
 
-DEFAULT_PROJECT = "default"
+_DELIVERIES = DeliveryPolicy()
 _FILE_LIFE_S = 30 * 86400
 """How long input and result files are kept, as OpenAI keeps them."""
 _GARBAGE = 20_000
@@ -64,6 +69,7 @@ class App:
     """A data directory at work."""
 
     service: Service
+    uploads: Uploads
     health: Health
     project_id: ProjectId
     """The project `default`."""
@@ -72,8 +78,13 @@ class App:
 
 
 @contextlib.asynccontextmanager
-async def open_app(settings: Settings) -> AsyncGenerator[App]:
+async def open_app(
+    settings: Settings, *, deliveries: DeliveryPolicy = _DELIVERIES
+) -> AsyncGenerator[App]:
     """Take up the work of a data directory, and leave it in good order at the end.
+
+    Args:
+        deliveries: How patient to be with webhooks.
 
     Raises:
         DataDirInUse: Another process works in it.
@@ -120,9 +131,20 @@ async def open_app(settings: Settings) -> AsyncGenerator[App]:
             upstreams=routes,
             limits=_service_limits(settings),
         )
+        uploads = Uploads(store=store, blobs=blobs, limits=_service_limits(settings))
+        sender = HttpWebhookSender()
         await store.open()
         try:
             project_id = await _ensure_projects(settings, store)
+            deliverer = Deliverer(
+                store=store,
+                engine=engine,
+                sender=sender,
+                targets=await _ensure_webhooks(settings, store),
+                policy=deliveries,
+                stop_grace_s=settings.server.shutdown_grace_s,
+            )
+            engine.handle(JobKind.WEBHOOK, deliverer.deliver)
             first_key = await _ensure_key(settings, store, project_id)
             await asyncio.to_thread(blobs.delete_leftovers)
             await recover(store=store, blobs=blobs, segments=segments, engine=engine)
@@ -132,19 +154,22 @@ async def open_app(settings: Settings) -> AsyncGenerator[App]:
                 others = [
                     tasks.create_task(feeder.run()),
                     tasks.create_task(keep_up(store=store, blobs=blobs)),
+                    tasks.create_task(watch_deliveries(store=store, engine=engine)),
                 ]
                 try:
-                    yield App(service, health, project_id, first_key)
+                    yield App(service, uploads, health, project_id, first_key)
                 finally:
                     for other in others:
                         other.cancel()
                     worker.stop()
+                    deliverer.stop()
                     await _end(engine, settings.server.shutdown_grace_s + _DRAIN_S)
                     handing.cancel()
                     worker.close()
                     working.cancel()
         finally:
             await routes.close()
+            await sender.close()
             await store.close()
 
 
@@ -179,7 +204,7 @@ async def _serve(
 ) -> None:
     async with open_app(settings) as app:
         open_project = None if settings.server.auth else app.project_id
-        api = create_api(app.service, app.health, open_project=open_project)
+        api = create_api(app.service, app.uploads, app.health, open_project=open_project)
         server = _Server(
             uvicorn.Config(
                 api,
@@ -284,6 +309,31 @@ async def _ensure_projects(settings: Settings, store: SqlStore) -> ProjectId:
     return (await store.ensure_project(DEFAULT_PROJECT)).id
 
 
+async def _ensure_webhooks(
+    settings: Settings, store: SqlStore
+) -> dict[WebhookId, WebhookTarget]:
+    """Put the webhooks of the settings in force."""
+    targets: dict[WebhookId, WebhookTarget] = {}
+    in_force: list[Webhook] = []
+    for hook in settings.webhooks:
+        project_id = (await store.ensure_project(hook.project)).id
+        webhook_id = _webhook_id(project_id, hook.url)
+        in_force.append(Webhook(id=webhook_id, project_id=project_id, url=hook.url))
+        targets[webhook_id] = WebhookTarget(
+            url=hook.url,
+            keys=hook.keys,
+            allow_private_addresses=hook.allow_private_addresses,
+        )
+    await store.set_webhooks(in_force)
+    return targets
+
+
+def _webhook_id(project_id: ProjectId, url: str) -> WebhookId:
+    """The same at each start, so that what was queued finds its webhook again."""
+    digest = hashlib.sha256(f"{project_id} {url}".encode()).hexdigest()
+    return WebhookId(f"we_{digest[:24]}")
+
+
 async def _ensure_key(settings: Settings, store: SqlStore, project_id: ProjectId) -> str | None:
     """Make the key of the project `default`, as the settings say or on an empty directory."""
     if settings.api_key is not None:
@@ -361,10 +411,13 @@ def _lifecycle_options(settings: Settings) -> LifecycleOptions:
     return LifecycleOptions(
         max_requests=limits.requests_per_batch,
         max_line_bytes=limits.line_bytes,
+        max_embedding_inputs=limits.embedding_inputs,
         max_faults=limits.reported_faults,
+        one_model=limits.strict_openai,
         slice_requests=worker.slice_requests,
         slice_bytes=worker.slice_bytes,
         file_retention_s=_FILE_LIFE_S,
+        served_models=settings.served_models,
     )
 
 
@@ -375,6 +428,7 @@ def _service_limits(settings: Settings) -> ServiceLimits:
         default_completion_window=limits.default_completion_window,
         max_completion_window=limits.max_completion_window,
         input_file_life_s=_FILE_LIFE_S,
+        is_strict=limits.strict_openai,
     )
 
 

@@ -102,7 +102,7 @@ class Intake:
 
     @property
     def purpose(self) -> Purpose:
-        return _read_purpose(self._form.fields.get("purpose"))
+        return read_purpose(self._form.fields.get("purpose"))
 
     @property
     def filename(self) -> str:
@@ -198,7 +198,11 @@ def safe_filename(name: str) -> str:
     return "upload" if kept in ("", ".", "..") else kept
 
 
-def _read_purpose(text: str | None) -> Purpose:
+def read_purpose(text: str | None) -> Purpose:
+    """
+    Raises:
+        InvalidRequest: There is none, or a client may not upload files of it.
+    """
     if text is None:
         raise missing_parameter("purpose")
     if text not in UPLOAD_PURPOSES:

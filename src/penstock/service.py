@@ -70,6 +70,11 @@ class ServiceLimits:
     """Whether to refuse what OpenAI refuses, and to take what it takes: a batch lasts 24 hours,
     and one of an unknown input file is created, and fails."""
 
+    def file_life_s(self, purpose: Purpose) -> int | None:
+        """How long a file of this purpose is kept unless its uploader says otherwise, in
+        seconds; None means until it is deleted."""
+        return self.input_file_life_s if purpose is Purpose.BATCH else None
+
 
 class ModelInfo(Protocol):
     """A model that a line may name."""
@@ -202,7 +207,7 @@ class Service:
         await self._blobs.put(blob_key, intake.chunks())
 
         now = int(self._clock())
-        life_s = intake.life_s or self._default_life_s(intake.purpose)
+        life_s = intake.life_s or self._limits.file_life_s(intake.purpose)
         file = File(
             id=file_id,
             project_id=project_id,
@@ -216,9 +221,6 @@ class Service:
         )
         once = asked and asked.once("file", file.filename, file.purpose, life_s, file.sha256)
         return await self._publish(file, once)
-
-    def _default_life_s(self, purpose: Purpose) -> int | None:
-        return self._limits.input_file_life_s if purpose is Purpose.BATCH else None
 
     async def _publish(self, file: File, once: Once | None) -> File:
         try:
@@ -246,7 +248,7 @@ class Service:
 
     async def _find_file(self, project_id: ProjectId, file_id: str, *, param: str) -> File:
         missing = NotFound(f"No such File object: {quoted(file_id)}", param=param)
-        if not _may_be_id(file_id):
+        if not may_be_id(file_id):
             raise missing
         try:
             return await self._store.get_file(project_id, FileId(file_id))
@@ -263,7 +265,7 @@ class Service:
         newest_first: bool,
     ) -> Listing[File]:
         """List files by creation. An `after` that is not there gives an empty page."""
-        if after and not _may_be_id(after):
+        if after and not may_be_id(after):
             return Listing(items=[], has_more=False)
         page = Page(limit=limit + 1, after=after or None)
         files = await self._store.list_files(
@@ -387,7 +389,7 @@ class Service:
         try:
             file = await self._find_file(project_id, file_id, param="input_file_id")
         except NotFound:
-            if not _may_be_id(file_id):
+            if not may_be_id(file_id):
                 raise
             return None
         if file.purpose is not Purpose.BATCH:
@@ -421,7 +423,7 @@ class Service:
             NotFound: No such batch in this project.
         """
         missing = NotFound(f"No batch found with id '{quoted(batch_id)}'.")
-        if not _may_be_id(batch_id):
+        if not may_be_id(batch_id):
             raise missing
         try:
             return await self._store.get_batch(BatchId(batch_id), project_id=project_id)
@@ -433,7 +435,7 @@ class Service:
     ) -> Listing[Batch]:
         """List batches, newest first. An `after` that is not there gives an empty page."""
         _check_filter(where)
-        if after and not _may_be_id(after):
+        if after and not may_be_id(after):
             return Listing(items=[], has_more=False)
         page = Page(limit=limit + 1, after=after or None)
         batches = await self._store.list_batches(project_id, page, where=where)
@@ -525,7 +527,7 @@ def _check_filter(where: BatchFilter) -> None:
         check_text(where.job_name, param="job_name", max_chars=MAX_JOB_NAME_CHARS)
 
 
-def _may_be_id(text: str) -> bool:
+def may_be_id(text: str) -> bool:
     """Whether the store may be asked for this ID: PostgreSQL takes no NUL, for one."""
     return 0 < len(text) <= 128 and text.isascii() and text.isprintable()
 

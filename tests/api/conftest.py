@@ -44,6 +44,7 @@ from penstock.service import Service, ServiceLimits
 from penstock.store.base import BatchChange, SliceReport
 from penstock.store.sql import SqlStore
 from penstock.telemetry import Health
+from penstock.uploads import Uploads
 from penstock.upstream.base import Reply
 from penstock.upstream.routes import Route, Routes
 
@@ -141,7 +142,10 @@ class Server:
             self._ready.set()
             yield
 
-        app = create_api(service, self.health, open_project=open_project, lifespan=lifespan)
+        uploads = Uploads(store=self.store, blobs=self.blobs, limits=LIMITS)
+        app = create_api(
+            service, uploads, self.health, open_project=open_project, lifespan=lifespan
+        )
         config = uvicorn.Config(app, lifespan="on", log_level="warning", http="httptools")
         self._server = uvicorn.Server(config)
         try:

@@ -26,7 +26,7 @@ def test_an_uploaded_file_can_be_looked_up_listed_and_downloaded(client: OpenAI)
 def test_a_file_has_every_key_and_no_other(http: httpx2.Client, tenant: Tenant) -> None:
     answer = http.get(f"/files/{tenant.add_input()}")
 
-    wire.FileShape.model_validate(answer.json(), strict=True)
+    wire.FileShape.model_validate_json(answer.content, strict=True)
     assert list(answer.json()) == list(wire.FileShape.model_fields)
 
 
@@ -255,6 +255,67 @@ def test_a_range_is_given_only_while_the_file_is_the_same(
     assert (same.status_code, other.status_code) == (206, 200)
 
 
+def test_the_headers_of_a_download_may_be_asked_for_alone(
+    http: httpx2.Client, tenant: Tenant
+) -> None:
+    url = f"/files/{tenant.add_input()}/content"
+    whole = http.get(url)
+
+    # A range is a matter of GET alone.
+    head = http.head(url, headers={"range": "bytes=0-1"})
+
+    assert (head.status_code, head.content) == (200, b"")
+    others = {"date", "x-request-id", "openai-processing-ms"}
+    assert {k: v for k, v in head.headers.items() if k not in others} == {
+        k: v for k, v in whole.headers.items() if k not in others
+    }
+
+
+def test_the_head_of_a_file_that_is_not_there_is_an_error(http: httpx2.Client) -> None:
+    assert http.head("/files/x/content").status_code == 404
+    assert http.head("/files/x").status_code == 405
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["*"],
+        ["{}"],
+        ["W/{}"],
+        ['"other", {}'],
+        ['"a,b",W/"c" ,{}'],
+        ['"other"', "W/{}"],
+    ],
+)
+def test_a_client_that_has_the_content_is_not_given_it_again(
+    http: httpx2.Client, tenant: Tenant, method: str, asked: list[str]
+) -> None:
+    url = f"/files/{tenant.add_input()}/content"
+    tag = http.get(url).headers["etag"]
+    headers = [("if-none-match", value.replace("{}", tag)) for value in asked]
+
+    answer = http.request(method, url, headers=[*headers, ("range", "bytes=9999-")])
+
+    assert (answer.status_code, answer.content) == (304, b"")
+    assert answer.headers["etag"] == tag
+    assert "content-length" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "asked", ['"other"', "", "{bare}", '"{bare}', "* ,", '"*"', 'w/"{bare}x"']
+)
+def test_a_client_that_has_other_content_is_given_this(
+    http: httpx2.Client, tenant: Tenant, asked: str
+) -> None:
+    url = f"/files/{tenant.add_input()}/content"
+    bare = http.get(url).headers["etag"].strip('"')
+
+    answer = http.get(url, headers={"if-none-match": asked.replace("{bare}", bare)})
+
+    assert (answer.status_code, answer.content) == (200, LINE)
+
+
 @pytest.mark.parametrize("purpose", ["assistants", "user_data"])
 def test_files_of_some_purposes_are_never_given_back(client: OpenAI, purpose: str) -> None:
     file = client.files.create(file=b"x", purpose=purpose)  # type: ignore[arg-type]
@@ -274,3 +335,12 @@ def test_an_unusual_filename_survives_the_download(client: OpenAI, http: httpx2.
     assert disposition.isascii()
     assert disposition.startswith('attachment; filename="zw_lf _neue_ L_ufe;_ _41 __.jsonl"')
     assert "filename*=UTF-8''zw%C3%B6lf%20%22neue%22" in disposition
+
+
+def test_all_files_can_be_deleted_while_they_are_listed(client: OpenAI, tenant: Tenant) -> None:
+    ids = [tenant.add_input() for _ in range(5)]
+
+    deleted = [client.files.delete(file.id).id for file in client.files.list(limit=2)]
+
+    assert deleted == ids[::-1]
+    assert client.files.list().data == []

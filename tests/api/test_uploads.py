@@ -342,7 +342,7 @@ class Cut:
 
 
 async def read_all(cut: Cut) -> tuple[bytes, dict[str, str], str]:
-    form = UploadForm(cut.chunks(), content_type=TYPE, content_length=None)
+    form = UploadForm(cut.chunks(), content="file", content_type=TYPE, content_length=None)
     content = b"".join([piece async for piece in form.content()])
     return content, dict(form.fields), form.filename
 
@@ -392,7 +392,10 @@ async def test_a_form_that_is_cut_anywhere_is_refused(end: int, sizes: list[int]
 async def test_what_is_held_of_a_form_is_one_piece_of_its_file() -> None:
     body = form_of(PURPOSE, (FILE[0], b"x" * 5_000_000))
     form = UploadForm(
-        Cut(body, [65536]).chunks(), content_type=TYPE, content_length=str(len(body))
+        Cut(body, [65536]).chunks(),
+        content="file",
+        content_type=TYPE,
+        content_length=str(len(body)),
     )
 
     pieces = [len(piece) async for piece in form.content()]

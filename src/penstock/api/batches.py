@@ -3,15 +3,26 @@
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import Header, Query, Request, Response
+from fastapi import Header, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from penstock.api.auth import AskedService, AskingProject
 from penstock.api.bodies import parse_json, read_json
 from penstock.api.idempotency import AskedOnce
-from penstock.api.wire import BatchRequest, answer, batch_to_wire, list_to_wire
+from penstock.api.lines import RESULT_LINE
+from penstock.api.operations import Answer, Schema
+from penstock.api.wire import (
+    METADATA,
+    STORABLE,
+    BatchRequest,
+    answer,
+    batch_to_wire,
+    list_to_wire,
+)
 from penstock.errors import InvalidRequest
 from penstock.model import BatchStatus
+from penstock.refusals import wrong_type
+from penstock.service import MAX_JOB_NAME_CHARS
 from penstock.store.base import BatchFilter
 
 METADATA_HEADER = "x-tfy-metadata"
@@ -20,15 +31,60 @@ MAX_TIME = 253_402_300_799
 """The last second of the year 9999, Unix time."""
 _JSONL_TYPES = ("application/jsonl", "application/x-ndjson")
 
+METADATA_PARAMETER: Schema = {
+    "name": METADATA_HEADER,
+    "in": "header",
+    "description": "More pairs of metadata, as TrueFoundry's clients send them; those of the "
+    "body win, and together there are as many as the body alone may have.",
+    "content": {
+        "application/json": {
+            "schema": METADATA
+            | {
+                "additionalProperties": {
+                    "type": "string",
+                    "maxLength": MAX_HEADER_VALUE_CHARS,
+                    "pattern": STORABLE,
+                }
+            }
+        }
+    },
+}
+METADATA_FILTER: Schema = {
+    "name": "metadata",
+    "in": "query",
+    "style": "deepObject",
+    "explode": True,
+    "description": "Only batches that have each of these pairs: `metadata[key]=value`.",
+    "schema": METADATA,
+}
+AskedId = Annotated[str, Path(description="The batch's ID.")]
+OUTPUT_ANSWER = Answer(
+    description="The result lines of the batch, so far or final.",
+    content={
+        "application/json": {"type": "array", "items": RESULT_LINE},
+        **{
+            media_type: {
+                "type": "string",
+                "description": "One `BatchOutputLine` or `BatchErrorLine` a line.",
+            }
+            for media_type in _JSONL_TYPES
+        },
+    },
+)
+
 
 async def create_batch(
     request: Request,
     service: AskedService,
     project: AskingProject,
     asked: AskedOnce,
-    x_tfy_metadata: Annotated[str | None, Header()] = None,
+    x_tfy_metadata: Annotated[str | None, Header(include_in_schema=False)] = None,
 ) -> Response:
-    """Create a batch. It is answered at once, in `validating`."""
+    """Create a batch.
+
+    It is answered at once, with status `validating`; what is wrong with its file is found
+    later, and then stands in `errors`.
+    """
     body = await read_json(request, BatchRequest)
     batch = await service.create_batch(
         project,
@@ -49,14 +105,34 @@ async def list_batches(
     request: Request,
     service: AskedService,
     project: AskingProject,
-    after: str | None = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    status: BatchStatus | None = None,
-    job_name: str | None = None,
-    created_after: Annotated[int | None, Query(ge=0, le=MAX_TIME)] = None,
-    created_before: Annotated[int | None, Query(ge=0, le=MAX_TIME)] = None,
+    after: Annotated[
+        str | None, Query(description="The last batch of the page before, by its ID.")
+    ] = None,
+    limit: Annotated[int, Query(ge=1, le=100, description="How many to list at most.")] = 20,
+    status: Annotated[
+        BatchStatus | None, Query(description="Only batches that stand so.")
+    ] = None,
+    job_name: Annotated[
+        str | None,
+        Query(
+            description="Only batches of this very name.",
+            json_schema_extra={"maxLength": MAX_JOB_NAME_CHARS, "pattern": STORABLE},
+        ),
+    ] = None,
+    created_after: Annotated[
+        int | None,
+        Query(ge=0, le=MAX_TIME, description="Only batches created later, in Unix seconds."),
+    ] = None,
+    created_before: Annotated[
+        int | None,
+        Query(ge=0, le=MAX_TIME, description="Only batches created before, in Unix seconds."),
+    ] = None,
 ) -> Response:
-    """List batches, newest first; `metadata[key]=value` shows those that have this pair."""
+    """List batches, newest first.
+
+    The next page is asked for with the last ID as `after`; an `after` that is not there gives
+    an empty page.
+    """
     where = BatchFilter(
         status=status,
         job_name=job_name,
@@ -69,23 +145,33 @@ async def list_batches(
     return answer(list_to_wire(data, has_more=listing.has_more))
 
 
-async def get_batch(batch_id: str, service: AskedService, project: AskingProject) -> Response:
+async def get_batch(
+    batch_id: AskedId, service: AskedService, project: AskingProject
+) -> Response:
     """Look up a batch."""
     return answer(batch_to_wire(await service.get_batch(project, batch_id)))
 
 
 async def cancel_batch(
-    batch_id: str, service: AskedService, project: AskingProject
+    batch_id: AskedId, service: AskedService, project: AskingProject
 ) -> Response:
-    """Cancel a batch: nothing new is sent, and what has ended is kept."""
+    """Cancel a batch.
+
+    Nothing new is sent, and what has ended is kept. A second call changes nothing; a batch
+    that has ended otherwise cannot be cancelled.
+    """
     # Clients send an empty body under any content type, so it is not looked at.
     return answer(batch_to_wire(await service.cancel_batch(project, batch_id)))
 
 
-async def get_output(
-    batch_id: str, request: Request, service: AskedService, project: AskingProject
+async def get_batch_output(
+    batch_id: AskedId, request: Request, service: AskedService, project: AskingProject
 ) -> Response:
-    """Read the results, so far or final: a JSON array, or JSONL if that is accepted."""
+    """Read the results of a batch.
+
+    So far or final, good and bad: a JSON array, or JSON Lines if `Accept` names
+    `application/jsonl` or `application/x-ndjson`.
+    """
     lines = await service.open_output(project, batch_id)
     accepted = request.headers.get("accept", "").lower()
     for media_type in _JSONL_TYPES:
@@ -108,6 +194,8 @@ async def _as_array(lines: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 
 def _asked_metadata(request: Request) -> dict[str, str]:
+    if "metadata" in request.query_params:
+        raise wrong_type("metadata", expected="metadata[key]=value", given="a string")
     return {
         name[len("metadata[") : -1]: value
         for name, value in request.query_params.items()

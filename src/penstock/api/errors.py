@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from penstock.api.wire import answer
 from penstock.errors import (
@@ -32,6 +33,7 @@ from penstock.refusals import (
 
 RETRY_AFTER_S = 5
 """When to try again while storage is unavailable. The SDKs honour up to a minute."""
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _EXPECTED = {
     "string_type": "a string",
     "dict_type": "an object",
@@ -164,15 +166,30 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
     place = f"{request.method} {quoted(request.url.path)}"
+    headers = error.headers
     match error.status_code:
         case 404:
             message = f"Invalid URL ({place})"
         case 405:
-            allowed = (error.headers or {}).get("Allow", "another")
+            allowed = ", ".join(_allowed_methods(request))
+            headers = {"allow": allowed}
             message = f"Invalid method for URL ({place}). Allowed: {allowed}."
         case _:
             message = str(error.detail)
-    return error_answer(error.status_code, message, headers=error.headers)
+    return error_answer(error.status_code, message, headers=headers)
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """All methods of a path: each route knows only its own, so all are asked for each."""
+    scope: dict[str, object] = {"type": "http", "path": request.scope["path"], "headers": []}
+    return [
+        method
+        for method in _METHODS
+        if any(
+            route.matches(scope | {"method": method})[0] is Match.FULL
+            for route in request.app.routes
+        )
+    ]
 
 
 def handle_errors(app: FastAPI) -> None:

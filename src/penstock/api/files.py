@@ -3,18 +3,58 @@
 from typing import Annotated, Literal
 from urllib.parse import quote
 
-from fastapi import Query, Request, Response
+from fastapi import Header, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from penstock.api.auth import AskedService, AskingProject
 from penstock.api.errors import error_answer
 from penstock.api.forms import read_form
 from penstock.api.idempotency import AskedOnce
-from penstock.api.ranges import Unsatisfiable, parse_range
+from penstock.api.operations import Answer
+from penstock.api.ranges import Unsatisfiable, has_match, parse_range
 from penstock.api.wire import answer, file_to_wire, list_to_wire
 from penstock.model import File, Purpose
 
 MAX_LIMIT = 10_000
+
+_CONTENT_HEADERS = (
+    "etag",
+    "accept-ranges",
+    "content-length",
+    "content-disposition",
+    "x-content-type-options",
+)
+_UNCHANGED = Answer(
+    status=304,
+    description="The content is one that `If-None-Match` names.",
+    content={},
+    headers=("etag",),
+)
+_CONTENT = {"application/octet-stream": {"type": "string", "format": "binary"}}
+CONTENT_ANSWERS = (
+    Answer(description="The whole content.", content=_CONTENT, headers=_CONTENT_HEADERS),
+    Answer(
+        status=206,
+        description="The bytes that `Range` names.",
+        content=_CONTENT,
+        headers=(*_CONTENT_HEADERS, "content-range"),
+    ),
+    _UNCHANGED,
+)
+HEAD_ANSWERS = (
+    Answer(
+        description="What a download of the whole content would begin with.",
+        content={},
+        headers=_CONTENT_HEADERS,
+    ),
+    _UNCHANGED,
+)
+
+AskedId = Annotated[str, Path(description="The file's ID.")]
+IfNoneMatch = Annotated[
+    list[str] | None,
+    Header(description="Entity tags that the client has, or `*`: of these, no content."),
+]
 
 
 async def create_file(
@@ -22,8 +62,8 @@ async def create_file(
 ) -> Response:
     """Upload a file.
 
-    The parts of the form may come in any order; `expires_after[anchor]` and
-    `expires_after[seconds]` are optional.
+    The parts of the form may come in any order. Of purpose `batch` a file may have 200 MiB
+    (`limits.input_file_bytes`), of others 512 MiB.
     """
     file = await service.create_file(project, read_form(request), asked=asked)
     return answer(file_to_wire(file))
@@ -33,12 +73,22 @@ async def list_files(
     *,
     service: AskedService,
     project: AskingProject,
-    after: str | None = None,
-    limit: Annotated[int, Query(ge=1, le=MAX_LIMIT)] = MAX_LIMIT,
-    order: Literal["asc", "desc"] = "desc",
-    purpose: Purpose | None = None,
+    after: Annotated[
+        str | None, Query(description="The last file of the page before, by its ID.")
+    ] = None,
+    limit: Annotated[
+        int, Query(ge=1, le=MAX_LIMIT, description="How many to list at most.")
+    ] = MAX_LIMIT,
+    order: Annotated[
+        Literal["asc", "desc"], Query(description="By creation: oldest or newest first.")
+    ] = "desc",
+    purpose: Annotated[Purpose | None, Query(description="Only files of this purpose.")] = None,
 ) -> Response:
-    """List files by creation."""
+    """List files.
+
+    The next page is asked for with the last ID as `after`; an `after` that is not there gives
+    an empty page.
+    """
     listing = await service.list_files(
         project, after=after, limit=limit, purpose=purpose, newest_first=order == "desc"
     )
@@ -46,24 +96,51 @@ async def list_files(
     return answer(list_to_wire(data, has_more=listing.has_more))
 
 
-async def get_file(file_id: str, service: AskedService, project: AskingProject) -> Response:
+async def get_file(file_id: AskedId, service: AskedService, project: AskingProject) -> Response:
     """Look up a file."""
     return answer(file_to_wire(await service.get_file(project, file_id)))
 
 
-async def delete_file(file_id: str, service: AskedService, project: AskingProject) -> Response:
-    """Delete a file. Batches that were created from it go on."""
+async def delete_file(
+    file_id: AskedId, service: AskedService, project: AskingProject
+) -> Response:
+    """Delete a file.
+
+    Batches that were created from it go on.
+    """
     await service.delete_file(project, file_id)
     return answer({"id": file_id, "object": "file", "deleted": True})
 
 
-async def get_content(
-    file_id: str, request: Request, service: AskedService, project: AskingProject
+async def get_file_content(
+    *,
+    file_id: AskedId,
+    service: AskedService,
+    project: AskingProject,
+    if_none_match: IfNoneMatch = None,
+    range_: Annotated[
+        str | None,
+        Header(
+            alias="range",
+            description="A single range of bytes, such as `bytes=0-1023`; others are ignored.",
+        ),
+    ] = None,
+    if_range: Annotated[
+        str | None,
+        Header(description="Send a part only if this is still the entity tag, else all."),
+    ] = None,
 ) -> Response:
-    """Download a file, or a range of its bytes."""
+    """Download a file.
+
+    Whole, or a range of its bytes. Files of purpose `assistants` and `user_data` are never
+    given back.
+    """
     file = await service.get_downloadable(project, file_id)
+    if has_match(if_none_match, _etag(file)):
+        return _unchanged(file)
     try:
-        part = _asked_range(request, file)
+        may_be_part = if_range is None or if_range == _etag(file)
+        part = parse_range(range_, file.bytes) if may_be_part else None
     except Unsatisfiable:
         return error_answer(
             416,
@@ -82,11 +159,25 @@ async def get_content(
     )
 
 
-def _asked_range(request: Request, file: File) -> tuple[int, int] | None:
-    condition = request.headers.get("if-range")
-    if condition is not None and condition != _etag(file):
-        return None
-    return parse_range(request.headers.get("range"), file.bytes)
+async def head_file_content(
+    file_id: AskedId,
+    service: AskedService,
+    project: AskingProject,
+    if_none_match: IfNoneMatch = None,
+) -> Response:
+    """Look up what a download would be.
+
+    The headers of the whole content, without it.
+    """
+    file = await service.get_downloadable(project, file_id)
+    if has_match(if_none_match, _etag(file)):
+        return _unchanged(file)
+    headers = _content_headers(file) | {"content-length": str(file.bytes)}
+    return Response(headers=headers, media_type="application/octet-stream")
+
+
+def _unchanged(file: File) -> Response:
+    return Response(status_code=304, headers={"etag": _etag(file)})
 
 
 def _content_headers(file: File) -> dict[str, str]:

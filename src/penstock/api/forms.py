@@ -25,15 +25,25 @@ logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 class UploadForm:
-    """A form with one file, called `file`, and small fields around it."""
+    """A form with one file and small fields around it.
+
+    Args:
+        content: What the file is called in the form.
+    """
 
     def __init__(
-        self, body: AsyncIterator[bytes], *, content_type: str, content_length: str | None
+        self,
+        body: AsyncIterator[bytes],
+        *,
+        content: str,
+        content_type: str,
+        content_length: str | None,
     ) -> None:
         is_number = content_length is not None and content_length.isdecimal()
         self.declared_bytes = int(content_length[:20]) if content_length and is_number else None
         self._body = body
-        self._parts = _Parts()
+        self._content = content
+        self._parts = _Parts(content)
         self._parser = _make_parser(content_type, self._parts)
 
     @property
@@ -54,7 +64,7 @@ class UploadForm:
         if not self._parts.has_ended:
             raise InvalidRequest("The form is cut: it ends before its last boundary.")
         if self._parts.filename is None:
-            raise missing_parameter("file")
+            raise missing_parameter(self._content)
         if self._parts.content_bytes:
             yield self._parts.take_content()
 
@@ -65,14 +75,18 @@ class UploadForm:
             raise InvalidRequest(f"The form is not valid multipart: {error}.") from None
 
 
-def read_form(request: Request) -> UploadForm:
+def read_form(request: Request, *, content: str = "file") -> UploadForm:
     """The form that a request brings.
+
+    Args:
+        content: What its one file is called.
 
     Raises:
         InvalidRequest: The request does not say that it brings one.
     """
     return UploadForm(
         request.stream(),
+        content=content,
         content_type=request.headers.get("content-type", ""),
         content_length=request.headers.get("content-length"),
     )
@@ -81,7 +95,8 @@ def read_form(request: Request) -> UploadForm:
 class _Parts:
     """Sorts what the parser finds: content of the file aside, fields under their names."""
 
-    def __init__(self) -> None:
+    def __init__(self, content: str) -> None:
+        self._content_name = content
         self.fields: dict[str, str] = {}
         self.filename: str | None = None
         self.has_ended = False
@@ -124,9 +139,9 @@ class _Parts:
         if b"name" not in options:
             raise InvalidRequest("A part of the form has no name.")
         self._name = _dotted(options[b"name"].decode("utf-8", "replace"))
-        if self._name == "file":
+        if self._name == self._content_name:
             if self.filename is not None:
-                raise InvalidRequest("The form has more than one file.", param="file")
+                raise InvalidRequest("The form has more than one file.", param=self._name)
             self.filename = _unescaped(options.get(b"filename", b""))
         elif self._name in self.fields:
             raise InvalidRequest(
@@ -134,7 +149,7 @@ class _Parts:
             )
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
-        if self._name == "file":
+        if self._name == self._content_name:
             self._content.append(data[start:end])
             self.content_bytes += end - start
             return
@@ -146,7 +161,7 @@ class _Parts:
             )
 
     def on_part_end(self) -> None:
-        if self._name != "file":
+        if self._name != self._content_name:
             self.fields[self._name] = self._value.decode("utf-8", "replace")
 
     def on_end(self) -> None:

@@ -16,12 +16,15 @@ class Health(Protocol):
 
 
 async def is_alive() -> Response:
-    """Answer as long as the process runs."""
+    """Tell whether the process runs."""
     return answer({"status": "ok"})
 
 
 async def is_ready(request: Request) -> Response:
-    """Answer 200 if the process can work, and 503 with each fault if it cannot."""
+    """Tell whether the process can work.
+
+    If not, why: each fault in a sentence.
+    """
     health: Health = request.app.state.health
     faults = health.faults()
     if faults:

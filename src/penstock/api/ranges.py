@@ -1,7 +1,9 @@
-"""Byte ranges of a download (RFC 9110, section 14)."""
+"""Which bytes of a download are asked for, if any (RFC 9110, sections 13 and 14)."""
 
 import re
+from collections.abc import Iterable
 
+_TAG = re.compile(r'(?:W/)?("[^"]*")')
 _SINGLE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
 
 
@@ -32,3 +34,16 @@ def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
     if start >= size:
         raise Unsatisfiable
     return start, end
+
+
+def has_match(if_none_match: Iterable[str] | None, etag: str) -> bool:
+    """Whether a client that sends these `If-None-Match` headers has the content already.
+
+    Args:
+        if_none_match: The values of all such headers, each a list of entity tags or `*`; None
+            if there is none.
+        etag: The content's entity tag, with its quotes. They are compared weakly.
+    """
+    return any(
+        value.strip() == "*" or etag in _TAG.findall(value) for value in if_none_match or ()
+    )
