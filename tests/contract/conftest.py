@@ -50,7 +50,7 @@ STRICT = {
 """The limits of the strict server."""
 
 # Nothing here is encrypted, and to load the world's certificates takes long.
-_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 Body = dict[str, Any]
 
@@ -339,7 +339,7 @@ def _serve(
             base_url=f"{url}/v1",
             headers=headers,
             timeout=PATIENCE_S,
-            verify=_TLS,
+            verify=TLS,
             trust_env=False,
         ) as http:
             yield Server(http, upstream)
