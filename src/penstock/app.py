@@ -32,6 +32,7 @@ from penstock.blobs.objects import ObjectBlobs
 from penstock.blobs.segments import LocalSegments
 from penstock.engine.pgqueuer import MemoryEngine
 from penstock.errors import DataDirInUse, InvalidSettings
+from penstock.executor.circuit import CircuitPolicy
 from penstock.executor.feeder import Feeder
 from penstock.executor.lifecycle import Lifecycle, LifecycleOptions
 from penstock.executor.partial import PartialResults
@@ -55,6 +56,7 @@ from penstock.upstream.webhook_http import HttpWebhookSender
 _log = structlog.get_logger()
 
 _DELIVERIES = DeliveryPolicy()
+_CIRCUITS = CircuitPolicy()
 _FILE_LIFE_S = 30 * 86400
 """How long input and result files are kept, as OpenAI keeps them."""
 _GARBAGE = 20_000
@@ -79,12 +81,16 @@ class App:
 
 @contextlib.asynccontextmanager
 async def open_app(
-    settings: Settings, *, deliveries: DeliveryPolicy = _DELIVERIES
+    settings: Settings,
+    *,
+    deliveries: DeliveryPolicy = _DELIVERIES,
+    circuits: CircuitPolicy = _CIRCUITS,
 ) -> AsyncGenerator[App]:
     """Take up the work of a data directory, and leave it in good order at the end.
 
     Args:
         deliveries: How patient to be with webhooks.
+        circuits: When to leave an upstream alone that fails.
 
     Raises:
         DataDirInUse: Another process works in it.
@@ -106,7 +112,7 @@ async def open_app(
             routes=routes,
             policies=policies,
             health=health,
-            options=_worker_options(settings),
+            options=_worker_options(settings, circuits),
             wants_more=feeder.has_room,
             took=feeder.hold,
         )
@@ -394,9 +400,10 @@ def _make_routes(settings: Settings) -> tuple[Routes, dict[str, RetryPolicy]]:
     return Routes(routes), policies
 
 
-def _worker_options(settings: Settings) -> WorkerOptions:
+def _worker_options(settings: Settings, circuits: CircuitPolicy) -> WorkerOptions:
     worker = settings.worker
     return WorkerOptions(
+        circuits=circuits,
         worker_id=f"{os.uname().nodename}-{os.getpid()}",
         lease_s=worker.lease_s,
         flush_interval_s=worker.flush_interval_s,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from penstock.app import App, open_app
+from penstock.executor.circuit import CircuitPolicy
 from penstock.executor.webhooks import DeliveryPolicy
 from penstock.model import FINAL, Batch, Slice, SliceStatus
 from penstock.places import store_url
@@ -92,6 +93,7 @@ class Bench:
         upstream: Settings of the one upstream.
         upstreams: All of that table instead.
         deliveries: How patient to be with webhooks.
+        circuits: When to leave an upstream alone that fails.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Bench:
         upstream: dict[str, Any] | None = None,
         upstreams: list[dict[str, Any]] | None = None,
         deliveries: DeliveryPolicy | None = None,
+        circuits: CircuitPolicy | None = None,
         **more: Any,
     ) -> None:
         one = {"name": "one", "base_url": server.base_url, **(upstream or {})}
@@ -117,11 +120,12 @@ class Bench:
             }
         )
         self._deliveries = deliveries or DeliveryPolicy()
+        self._circuits = circuits or CircuitPolicy()
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         self.app: App = await self._stack.enter_async_context(
-            open_app(self.settings, deliveries=self._deliveries)
+            open_app(self.settings, deliveries=self._deliveries, circuits=self._circuits)
         )
         self.store = SqlStore(store_url(self.data_dir))
         self._stack.push_async_callback(self.store.close)

@@ -127,9 +127,16 @@ class Lanes:
     def __init__(self, room: int) -> None:
         self.room = room
         self.expected = 0
+        self.busy: set[str] = set()
+        """Slices of which a lane has enough."""
+        self.blocked: set[str] = set()
+        """Slices whose upstreams are left alone."""
 
-    def has_room(self, models: tuple[str, ...]) -> bool:
-        return self.expected < self.room
+    def has_room(self, piece: Slice) -> bool:
+        return self.expected < self.room and piece.id not in self.busy
+
+    def is_blocked(self, piece: Slice) -> bool:
+        return piece.id in self.blocked
 
     def expect(self, piece: Slice, *, sign: int = 1) -> None:
         self.expected += sign * piece.requests

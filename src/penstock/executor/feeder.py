@@ -29,7 +29,8 @@ _AHEAD = 64
 class Lanes(Protocol):
     """What the feeder asks of the worker."""
 
-    def has_room(self, models: tuple[str, ...]) -> bool: ...
+    def has_room(self, piece: Slice) -> bool: ...
+    def is_blocked(self, piece: Slice) -> bool: ...
     def expect(self, piece: Slice, *, sign: int = 1) -> None: ...
 
 
@@ -71,6 +72,7 @@ class Feeder:
         self._looked_at = -_LOOK_S
         self._backlog: dict[BatchId, Backlog] = {}
         self._next: dict[BatchId, deque[Slice]] = {}
+        self._aside: dict[BatchId, set[SliceId]] = {}
         self._handed: dict[SliceId, Slice] = {}
         self._strides: dict[ProjectId, float] = {}
 
@@ -123,14 +125,15 @@ class Feeder:
         candidates = dict(self._backlog)
         try:
             while batch := next_batch(candidates.values(), self._strides):
-                piece = await self._peek(batch.batch_id)
+                waiting = await self._read_ahead(batch.batch_id, lanes)
+                # One whose upstream is busy does not hold up those behind it.
+                piece = next(filter(lanes.has_room, waiting), None)
                 if piece is None:
                     del candidates[batch.batch_id]
-                    self._backlog.pop(batch.batch_id, None)
-                elif not lanes.has_room(piece.models):
-                    del candidates[batch.batch_id]
+                    if not waiting and not self._aside.get(batch.batch_id):
+                        self._backlog.pop(batch.batch_id, None)
                 else:
-                    self._next[batch.batch_id].popleft()
+                    waiting.remove(piece)
                     self._handed[piece.id] = piece
                     lanes.expect(piece)
                     self._charge(batch, piece)
@@ -139,14 +142,27 @@ class Feeder:
             if jobs:
                 await self._engine.enqueue(jobs)
 
-    async def _peek(self, batch_id: BatchId) -> Slice | None:
-        """The batch's next slice that is not handed out, read ahead from the store."""
+    async def _read_ahead(self, batch_id: BatchId, lanes: Lanes) -> deque[Slice]:
+        """The batch's next slices that are not handed out, without those at their head whose
+        upstreams take nothing: they are set aside until the next look."""
         waiting = self._next.setdefault(batch_id, deque())
-        if not waiting:
+        aside = self._aside.setdefault(batch_id, set())
+        while True:
+            while waiting and lanes.is_blocked(waiting[0]):
+                aside.add(waiting.popleft().id)
+            if waiting:
+                return waiting
             handed = sum(piece.batch_id == batch_id for piece in self._handed.values())
-            pending = await self._store.list_pending(batch_id, limit=_AHEAD + handed)
-            waiting.extend(piece for piece in pending if piece.id not in self._handed)
-        return waiting[0] if waiting else None
+            pending = await self._store.list_pending(
+                batch_id, limit=_AHEAD + handed + len(aside)
+            )
+            waiting.extend(
+                piece
+                for piece in pending
+                if piece.id not in self._handed and piece.id not in aside
+            )
+            if not waiting:
+                return waiting
 
     def _charge(self, batch: Backlog, piece: Slice) -> None:
         had = self._strides.get(batch.project_id, 0.0)
@@ -154,7 +170,13 @@ class Feeder:
 
     def _forget_the_gone(self) -> None:
         """Forget finished batches, and start newcomers beside the project that had least."""
-        self._next = {batch_id: self._next.get(batch_id, deque()) for batch_id in self._backlog}
+        self._next = {
+            batch_id: deque()
+            if self._aside.get(batch_id)
+            else self._next.get(batch_id, deque())
+            for batch_id in self._backlog
+        }
+        self._aside.clear()
         for name in [
             n for n, piece in self._handed.items() if piece.batch_id not in self._backlog
         ]:

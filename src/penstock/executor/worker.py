@@ -7,7 +7,7 @@ input file, spread over the lanes, and ended when each of its lines has a durabl
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ import structlog
 from penstock.blobs.base import Blobs
 from penstock.blobs.segments import LocalSegments, SegmentWriter
 from penstock.errors import StorageUnavailable
+from penstock.executor.circuit import CircuitPolicy
 from penstock.executor.group import GroupCommit
 from penstock.executor.keeper import AGAIN_S, Keeper, explain
 from penstock.executor.lanes import Lane
@@ -32,6 +33,8 @@ _log = structlog.get_logger()
 _R = TypeVar("_R")
 
 _READ_FAULT = "data_directory"
+_MOST_WAITING = 100_000
+"""Of how many slices it is remembered at most what they wait for."""
 _PROGRESS_S = 0.5
 """How often the counts of running slices go to the store."""
 
@@ -51,6 +54,8 @@ class WorkerOptions:
     held_bytes: int = 8 << 20
     """How many bytes of unsent bodies are held, shared evenly by the upstreams; each may go
     beyond its share by one slice."""
+    circuits: CircuitPolicy = field(default_factory=CircuitPolicy)
+    """When an upstream that fails is left alone."""
     lines_ahead: int = 512
     """With fewer lines than this ready to be sent, a lane is given another slice."""
 
@@ -68,6 +73,12 @@ class HeldSlice:
         self.flights: dict[int, asyncio.Task[None]] = {}
         self.timers: dict[int, tuple[asyncio.TimerHandle, RequestLine, Lane]] = {}
         self.remaining = 0
+        self.parked = 0
+        """How many of them wait for an upstream that is left alone."""
+        self.idle = asyncio.Event()
+        """Set while there is nothing to do but to wait for such an upstream."""
+        self.wakes = 0
+        """How often that came to an end."""
         self.done = asyncio.Event()
         """Set when no line is on its way or waits."""
         self.durable = asyncio.Event()
@@ -97,6 +108,18 @@ class HeldSlice:
         del line
         self._end_line()
 
+    def park(self, count: int) -> None:
+        """Hear that so many lines are parked, or with a minus are so no more."""
+        self.parked += count
+        self._look_whether_idle()
+
+    def _look_whether_idle(self) -> None:
+        if self.remaining and self.parked >= self.remaining:
+            self.idle.set()
+        elif self.idle.is_set():
+            self.idle.clear()
+            self.wakes += 1
+
     def begin(self, requests: int) -> None:
         """Say how many lines lack a reply, before the first of them is queued."""
         self.remaining = requests
@@ -110,6 +133,8 @@ class HeldSlice:
         if not self.remaining:
             self._keeper.busy_slices -= 1
             self.done.set()
+        if self.parked:
+            self._look_whether_idle()
 
     def stop(self) -> None:
         """Send nothing more. What is in flight may end."""
@@ -178,6 +203,9 @@ class Worker:
         self._lanes: dict[str, Lane] = {}
         self._unserved = 0
         self._held: dict[SliceId, HeldSlice] = {}
+        self._waiting: dict[SliceId, tuple[str, ...]] = {}
+        """Slices that were given back because all that is left of them waits for these
+        models."""
         self._keeper = Keeper(
             gate=self._gate,
             health=health,
@@ -190,15 +218,28 @@ class Worker:
 
     # What the feeder asks
 
-    def has_room(self, models: tuple[str, ...]) -> bool:
-        """Whether a slice whose lines name these models would find a lane short of lines."""
+    def has_room(self, piece: Slice) -> bool:
+        """Whether a slice would find a lane that is short of lines and may send some of it."""
         if self._tasks is None or not self._gate.is_set() or self._stopping.is_set():
             return False
-        lanes = list(self._lanes_of(models))
+        lanes = list(self._lanes_of(piece.models))
         if not lanes:  # lines that no upstream serves any more are read to fail at once
             return self._unserved < self._options.held_bytes
+        if self.is_blocked(piece):
+            return False
         # A mixed slice waits for its slowest upstream; slices of other models do not.
         return any(lane.has_room for lane in lanes) and not any(lane.is_full for lane in lanes)
+
+    def is_blocked(self, piece: Slice) -> bool:
+        """Whether all lines of a slice would wait for upstreams that are left alone."""
+        # Of a slice that was given back because of them, only these models are left.
+        models = self._waiting.get(piece.id, piece.models)
+        return bool(models) and all(map(self._is_model_blocked, models))
+
+    def _is_model_blocked(self, model: str) -> bool:
+        route = self._routes.find(model)
+        lane = self._lanes.get(route.upstream.name) if route else None
+        return lane is not None and lane.is_blocked(model)
 
     def expect(self, piece: Slice, *, sign: int = 1) -> None:
         """Count a slice that was handed to the engine (or, with -1, is held or came back)."""
@@ -330,9 +371,26 @@ class Worker:
 
     async def _until_done(self, held: HeldSlice, stop: asyncio.Event) -> None:
         """Wait until no line is on its way, or stop them when there is a reason to."""
-        await _first_of(held.done, stop, self._stopping, timeout_s=_left_s(held))
+        self._waiting.pop(held.slice.id, None)
+        ends = (held.done, stop, self._stopping)
+        while True:
+            await _first_of(*ends, held.idle, timeout_s=_left_s(held))
+            if not held.idle.is_set():
+                break
+            # A short pause is waited for; in a long one its place is of more use to others.
+            wakes = held.wakes
+            await _first_of(
+                *ends, timeout_s=min(self._options.circuits.patience_s, _left_s(held))
+            )
+            if held.wakes == wakes or any(event.is_set() for event in ends):
+                break
         if held.done.is_set():
             return
+        if held.idle.is_set() and not stop.is_set():
+            if len(self._waiting) >= _MOST_WAITING:
+                self._waiting.clear()
+            models = (model for lane in self._lanes.values() for model in lane.parked_of(held))
+            self._waiting[held.slice.id] = tuple(set(models))
         self._stop(held)
         if not self._stopping.is_set():
             patience_s = min(self._options.cancel_grace_s, _left_s(held))
@@ -423,6 +481,7 @@ class Worker:
             gate=self._gate,
             spawn=self._tasks.create_task,
             wants_more=self._wants_more,
+            circuits=self._options.circuits,
             low_water=self._options.lines_ahead,
             held_bytes=self._options.held_bytes // len(tuple(self._routes)),
         )
