@@ -213,6 +213,8 @@ class ScriptedUpstream:
         """All that came whole, in order."""
         self.connections = 0
         """How many were opened."""
+        self.metrics: bytes | None = None
+        """What `/metrics` shows, which is not among the requests; None answers 404."""
         self.in_flight = 0
         """How many requests are taken and not yet dealt with."""
         self.max_in_flight = 0
@@ -266,7 +268,7 @@ class ScriptedUpstream:
         self.connections += 1
         connection = self.connections
         try:
-            while (request := await self._receive(reader, connection)) is not None:
+            while (request := await self._receive(reader, writer, connection)) is not None:
                 self.in_flight += 1
                 self.max_in_flight = max(self.max_in_flight, self.in_flight)
                 await self._tell()
@@ -285,7 +287,9 @@ class ScriptedUpstream:
             self._tasks.discard(task)
             writer.close()
 
-    async def _receive(self, reader: asyncio.StreamReader, connection: int) -> Received | None:
+    async def _receive(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: int
+    ) -> Received | None:
         try:
             head = await reader.readuntil(b"\r\n\r\n")
             start, *lines = head.decode("latin-1").rstrip().split("\r\n")
@@ -295,6 +299,11 @@ class ScriptedUpstream:
         except asyncio.IncompleteReadError:
             return None
         method, path, _ = start.split(" ")
+        if path == "/metrics":
+            status = 404 if self.metrics is None else 200
+            data = self.metrics or b""
+            writer.write(_head(status, len(data)) + data)
+            return await self._receive(reader, writer, connection)
         self._seen[path, body] += 1
         request = Received(
             method=method,

@@ -32,9 +32,11 @@ from penstock.blobs.objects import ObjectBlobs
 from penstock.blobs.segments import LocalSegments
 from penstock.engine.pgqueuer import MemoryEngine
 from penstock.errors import DataDirInUse, InvalidSettings
+from penstock.executor.admission import AdmissionPolicy
 from penstock.executor.circuit import CircuitPolicy
 from penstock.executor.feeder import Feeder
 from penstock.executor.lifecycle import Lifecycle, LifecycleOptions
+from penstock.executor.limits import ConcurrencyPolicy
 from penstock.executor.partial import PartialResults
 from penstock.executor.retry import RetryPolicy
 from penstock.executor.upkeep import keep_up, recover, watch_deliveries
@@ -44,9 +46,9 @@ from penstock.keys import key_digest, key_hint, new_key
 from penstock.model import ApiKey, JobKind, KeyId, ProjectId, Webhook, WebhookId
 from penstock.places import KEY_FILE, store_url
 from penstock.service import Service, ServiceLimits
-from penstock.settings import DEFAULT_PROJECT, Settings
+from penstock.settings import DEFAULT_PROJECT, Settings, Upstream
 from penstock.store.sql import SqlStore
-from penstock.telemetry import Health
+from penstock.telemetry import Health, Metrics
 from penstock.uploads import Uploads
 from penstock.upstream.openai_http import OpenAIHttpUpstream
 from penstock.upstream.routes import Route, Routes
@@ -73,6 +75,7 @@ class App:
     service: Service
     uploads: Uploads
     health: Health
+    metrics: Metrics
     project_id: ProjectId
     """The project `default`."""
     first_key: str | None
@@ -99,19 +102,24 @@ async def open_app(
     data_dir = settings.data_dir
     with _owned(data_dir):
         health = Health()
+        metrics = Metrics(health)
         engine = MemoryEngine()
         store = SqlStore(store_url(data_dir), jobs=engine)
         blobs = ObjectBlobs(data_dir / "blobs")
         segments = LocalSegments(data_dir / "segments")
-        routes, policies = _make_routes(settings)
+        routes = _make_routes(settings)
         feeder = Feeder(store=store, engine=engine)
         worker = Worker(
             store=store,
             blobs=blobs,
             segments=segments,
             routes=routes,
-            policies=policies,
+            policies={
+                upstream.name: _admission_policy(upstream, circuits)
+                for upstream in settings.upstreams
+            },
             health=health,
+            metrics=metrics,
             options=_worker_options(settings, circuits),
             wants_more=feeder.has_room,
             took=feeder.hold,
@@ -125,6 +133,7 @@ async def open_app(
             accepts_model=lambda model: routes.find(model) is not None,
             options=_lifecycle_options(settings),
             feed=feeder.poke,
+            stats=metrics.work,
         )
         engine.handle(JobKind.VALIDATE, lifecycle.validate)
         engine.handle(JobKind.SLICE, worker.run_slice)
@@ -163,7 +172,7 @@ async def open_app(
                     tasks.create_task(watch_deliveries(store=store, engine=engine)),
                 ]
                 try:
-                    yield App(service, uploads, health, project_id, first_key)
+                    yield App(service, uploads, health, metrics, project_id, first_key)
                 finally:
                     for other in others:
                         other.cancel()
@@ -210,7 +219,9 @@ async def _serve(
 ) -> None:
     async with open_app(settings) as app:
         open_project = None if settings.server.auth else app.project_id
-        api = create_api(app.service, app.uploads, app.health, open_project=open_project)
+        api = create_api(
+            app.service, app.uploads, app.health, app.metrics, open_project=open_project
+        )
         server = _Server(
             uvicorn.Config(
                 api,
@@ -378,32 +389,50 @@ async def _end(engine: MemoryEngine, patience_s: float) -> None:
         _log.warning("Some work did not end in time; the next start takes it up.")
 
 
-def _make_routes(settings: Settings) -> tuple[Routes, dict[str, RetryPolicy]]:
-    routes = [
-        Route(
-            upstream=OpenAIHttpUpstream(
-                name=upstream.name,
-                base_url=upstream.base_url,
-                api_key=upstream.api_key.get_secret_value() if upstream.api_key else None,
-                max_concurrency=upstream.max_concurrency,
-                request_timeout_s=upstream.request_timeout_s,
-                connect_timeout_s=upstream.connect_timeout_s,
-            ),
-            models=upstream.models,
-        )
-        for upstream in settings.upstreams
-    ]
-    policies = {
-        upstream.name: RetryPolicy(max_attempts=upstream.max_attempts)
-        for upstream in settings.upstreams
-    }
-    return Routes(routes), policies
+def _make_routes(settings: Settings) -> Routes:
+    members: dict[str, list[Upstream]] = {}
+    for upstream in settings.upstreams:
+        members.setdefault(upstream.group or upstream.name, []).append(upstream)
+    return Routes(
+        [
+            Route(
+                name=name, upstreams=tuple(map(_make_upstream, group)), models=group[0].models
+            )
+            for name, group in members.items()
+        ]
+    )
+
+
+def _make_upstream(upstream: Upstream) -> OpenAIHttpUpstream:
+    return OpenAIHttpUpstream(
+        name=upstream.name,
+        base_url=upstream.base_url,
+        api_key=upstream.api_key.get_secret_value() if upstream.api_key else None,
+        max_concurrency=upstream.max_concurrency,
+        request_timeout_s=upstream.request_timeout_s,
+        connect_timeout_s=upstream.connect_timeout_s,
+    )
+
+
+def _admission_policy(upstream: Upstream, circuits: CircuitPolicy) -> AdmissionPolicy:
+    return AdmissionPolicy(
+        concurrency=ConcurrencyPolicy(
+            most=upstream.max_concurrency,
+            initial=upstream.initial_concurrency,
+            queue_reserve=upstream.queue_reserve,
+        ),
+        retries=RetryPolicy(max_attempts=upstream.max_attempts),
+        circuits=circuits,
+        weight=upstream.weight,
+        requests_per_minute=upstream.requests_per_minute,
+        tokens_per_minute=upstream.tokens_per_minute,
+    )
 
 
 def _worker_options(settings: Settings, circuits: CircuitPolicy) -> WorkerOptions:
     worker = settings.worker
     return WorkerOptions(
-        circuits=circuits,
+        parked_patience_s=circuits.patience_s,
         worker_id=f"{os.uname().nodename}-{os.getpid()}",
         lease_s=worker.lease_s,
         flush_interval_s=worker.flush_interval_s,

@@ -10,6 +10,7 @@ its message; the wire's `error` object is read here alone.
 import contextlib
 import re
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
+from prometheus_client.parser import text_string_to_metric_families
 from pyreqwest.client import SyncClientBuilder
 from pyreqwest.exceptions import ConnectError, DetailedPyreqwestError, PyreqwestError
 from pyreqwest.multipart import FormBuilder, PartBuilder
@@ -121,6 +123,20 @@ class BatchObject(msgspec.Struct, kw_only=True):
     def ended_at(self) -> int | None:
         """When the batch became final; None if it is not."""
         return self.completed_at or self.failed_at or self.expired_at or self.cancelled_at
+
+
+@dataclass(slots=True)
+class UpstreamState:
+    """How an upstream stands, as the server's metrics tell."""
+
+    name: str
+    in_flight: int = 0
+    limit: int = 0
+    """How many lines may be in flight now."""
+    most: int = 0
+    """How many may ever be."""
+    reasons: list[str] = field(default_factory=list[str])
+    """What keeps lines waiting now."""
 
 
 class _FileObject(msgspec.Struct):
@@ -317,6 +333,15 @@ class Client:
             after = {"after": str(page.data[-1].get("id"))}
             left = None if left is None else left - len(page.data)
 
+    def list_upstreams(self) -> list[UpstreamState]:
+        """How the server's upstreams stand; empty if it does not tell."""
+        try:
+            request = self._http.get(f"{self.url}/metrics").timeout(_ANSWER_S)
+            text = self._send(request).text()
+            return _read_upstreams(text)
+        except (PenstockError, ValueError):
+            return []
+
     # The wire
 
     def _batch_url(self, batch_id: str) -> str:
@@ -408,3 +433,24 @@ def _checked(name: str, noun: str) -> str:
 def _cause(error: PyreqwestError) -> str:
     causes = error.details["causes"] if isinstance(error, DetailedPyreqwestError) else None
     return causes[-1]["message"] if causes else error.message
+
+
+def _read_upstreams(text: str) -> list[UpstreamState]:
+    found: dict[str, UpstreamState] = {}
+    names = {
+        "penstock_upstream_in_flight_requests": "in_flight",
+        "penstock_upstream_concurrency_limit": "limit",
+        "penstock_upstream_max_concurrency": "most",
+    }
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            name = sample.labels.get("upstream")
+            if name is None:
+                continue
+            if sample.name in names:
+                state = found.setdefault(name, UpstreamState(name))
+                setattr(state, names[sample.name], int(sample.value))
+            elif sample.name == "penstock_upstream_limited" and sample.value:
+                state = found.setdefault(name, UpstreamState(name))
+                state.reasons.append(sample.labels.get("reason", ""))
+    return list(found.values())

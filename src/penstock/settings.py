@@ -270,7 +270,30 @@ class Upstream(Table):
         "a list of at least one pattern",
         default=("*",),
     )
+    group: Label | None = _setting(
+        "Upstreams of one group, which must have the same `models`, share their lines: each "
+        "goes to the one with the least in flight for its weight, and past one that is down.",
+        _LABEL,
+        default=None,
+    )
+    weight: Whole = _whole(1, "Its share of the lines beside others of its group.")
     max_concurrency: Whole = _whole(256, "The most lines in flight at the same time.")
+    initial_concurrency: Whole = _whole(
+        32,
+        "How many lines are in flight at first; more follow while that brings more work done.",
+    )
+    queue_reserve: Whole = _whole(
+        4,
+        "How many requests may wait in the queue of an engine that tells so under `/metrics` "
+        "(vLLM, SGLang, TGI, llama.cpp).",
+        ge=0,
+    )
+    requests_per_minute: Whole = _whole(
+        0, "The most attempts at lines a minute; 0: no limit.", ge=0
+    )
+    tokens_per_minute: Whole = _whole(
+        0, "The most tokens a minute, input and output together; 0: no limit.", ge=0
+    )
     request_timeout_s: Number = _positive(
         600, "How long one attempt at a line may take, in seconds."
     )
@@ -499,8 +522,28 @@ def _check_together(settings: Settings, sources: Sources) -> None:
                 raise InvalidSettings(
                     f"{told(table, index, 'name')}; it must not be that of {table}[{first}]."
                 )
+    _check_groups(settings, told)
     _check_keys(settings, sources)
     _check_webhooks(settings, told)
+
+
+def _check_groups(settings: Settings, told: Callable[..., str]) -> None:
+    firsts: dict[str, int] = {}
+    for index, upstream in enumerate(settings.upstreams):
+        if upstream.group is None:
+            continue
+        first = firsts.setdefault(upstream.group, index)
+        if set(upstream.models) != set(settings.upstreams[first].models):
+            raise InvalidSettings(
+                f"{told('upstreams', index, 'models')}; it must be the same as of "
+                f"upstreams[{first}], because both are of the group {upstream.group}."
+            )
+    for index, upstream in enumerate(settings.upstreams):
+        if upstream.group is None and upstream.name in firsts:
+            raise InvalidSettings(
+                f"{told('upstreams', index, 'name')}; it must not be the name of a group, "
+                f"unless it is of that group itself."
+            )
 
 
 def _check_webhooks(settings: Settings, told: Callable[..., str]) -> None:

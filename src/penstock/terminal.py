@@ -6,7 +6,7 @@ ended. Text from outside is cleaned of control characters before it reaches the 
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from penstock.client import BatchObject, Client, NoServer, ServerFailed
+from penstock.client import BatchObject, Client, NoServer, ServerFailed, UpstreamState
 from penstock.model import FINAL
 
 _FIRST_POLL_S = 0.1
@@ -310,8 +310,22 @@ def batches_table(batches: Iterable[BatchObject], *, now: float) -> Table:
     return made
 
 
-def batch_view(batch: BatchObject, *, now: float) -> Table:
-    """All that is worth knowing of one batch."""
+_REASONS = {
+    "slow_start": "more follow while that brings more work done",
+    "refusals": "it has refused requests or timed out",
+    "engine_queue": "requests wait in the engine's queue",
+    "latency": "more at a time would only take longer",
+    "max_concurrency": "as many as max_concurrency allows",
+    "circuit_open": "it is down for some model, whose lines wait",
+    "retry_after": "it asked to be left alone for a while",
+    "rate_limit": "requests_per_minute or tokens_per_minute is reached",
+}
+
+
+def batch_view(
+    batch: BatchObject, *, now: float, upstreams: Sequence[UpstreamState] = ()
+) -> Table:
+    """All that is worth knowing of one batch, and of where its lines go while it runs."""
     view = Table.grid(padding=(0, 2))
     view.add_column(no_wrap=True, style="bold")
     view.add_column(overflow="fold")
@@ -343,7 +357,18 @@ def batch_view(batch: BatchObject, *, now: float) -> Table:
     row("Metadata", ", ".join(f"{name}={value}" for name, value in metadata.items()))
     for label, text in _faults(batch):
         row(label, text)
+    for state in upstreams:
+        row(f"Upstream {clean(state.name)}", _upstream(state))
     return view
+
+
+def _upstream(state: UpstreamState) -> str:
+    """How many lines are in flight to an upstream, and what keeps more from being so."""
+    reasons = "; ".join(_REASONS.get(reason, reason) for reason in state.reasons)
+    told = f"{state.in_flight:,} lines in flight, {state.limit:,} allowed now"
+    if state.limit < state.most:
+        told += f", {state.most:,} at most"
+    return f"{told}: {reasons}" if reasons else told
 
 
 def _expiry(batch: BatchObject, now: float) -> str | None:

@@ -43,7 +43,7 @@ from penstock.model import (
 from penstock.service import Service, ServiceLimits
 from penstock.store.base import BatchChange, SliceReport
 from penstock.store.sql import SqlStore
-from penstock.telemetry import Health
+from penstock.telemetry import Health, Metrics
 from penstock.uploads import Uploads
 from penstock.upstream.base import Reply
 from penstock.upstream.routes import Route, Routes
@@ -133,7 +133,7 @@ class Server:
             store=self.store,
             blobs=self.blobs,
             partial=PartialResults(store=self.store, segments=self.segments),
-            upstreams=Routes([Route(upstream=Upstream(), models=("*",))]),
+            upstreams=Routes([Route(name="local", upstreams=(Upstream(),), models=("*",))]),
             limits=LIMITS,
         )
 
@@ -144,7 +144,12 @@ class Server:
 
         uploads = Uploads(store=self.store, blobs=self.blobs, limits=LIMITS)
         app = create_api(
-            service, uploads, self.health, open_project=open_project, lifespan=lifespan
+            service,
+            uploads,
+            self.health,
+            Metrics(self.health),
+            open_project=open_project,
+            lifespan=lifespan,
         )
         config = uvicorn.Config(app, lifespan="on", log_level="warning", http="httptools")
         self._server = uvicorn.Server(config)

@@ -327,6 +327,7 @@ PROVOKED: list[tuple[str, int, Provoke]] = [
     ("listModels", 200, get("/models")),
     ("isAlive", 200, health("/healthz")),
     ("isReady", 200, health("/readyz")),
+    ("getMetrics", 200, health("/metrics")),
     ("isReady", 503, unready),
 ]
 

@@ -20,7 +20,7 @@ from tests.upstreams import (
     fail,
 )
 
-QUICK = CircuitPolicy(first_pause_s=0.1, max_pause_s=0.5, patience_s=0.2)
+QUICK = CircuitPolicy(quiet_s=0, first_pause_s=0.1, max_pause_s=0.5, patience_s=0.2)
 
 
 class Outage:

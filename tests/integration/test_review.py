@@ -148,7 +148,8 @@ async def test_bodies_that_wait_are_bounded_whether_they_are_new_or_turned_away(
 ) -> None:
     upstream.behave = lambda *_: fail(429, headers={"Retry-After": "60"})
     pad = "x" * 20_000
-    async with Bench(data_dir, upstream, upstream={"max_concurrency": 64}) as bench:
+    options = {"max_concurrency": 64, "initial_concurrency": 64}
+    async with Bench(data_dir, upstream, upstream=options) as bench:
         batch = await bench.create_from(b"".join(line(f"s{n}", pad=pad) for n in range(3000)))
         await upstream.wait_for_requests(64)
         await asyncio.sleep(2)

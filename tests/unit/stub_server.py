@@ -60,6 +60,8 @@ class Stub:
         """Files whose transfer ends before the end."""
         self.refusal: tuple[int, dict[str, Any] | None] | None = None
         """How batches are refused instead of created."""
+        self.metrics = ""
+        """What `/metrics` shows; empty answers 404."""
         self.failures = 0
         """How many of the next requests are answered with 503."""
         self.asked: list[tuple[str, str]] = []
@@ -118,6 +120,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._list(dict(pair.split("=") for pair in query.split("&")))
         elif (method, path) == ("GET", "/v1/models"):
             self._send(200, {"object": "list", "data": [{"id": "qwen-7b"}, {"id": "qwen-72b"}]})
+        elif path == "/metrics" and stub.metrics:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(stub.metrics)))
+            self.end_headers()
+            self.wfile.write(stub.metrics.encode())
         elif match := re.fullmatch(r"/v1/batches/(\w+)(/cancel)?", path):
             self._batch(match[1], cancel=match[2] is not None)
         elif match := re.fullmatch(r"/v1/files/([\w-]+)(/content)?", path):

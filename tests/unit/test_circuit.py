@@ -7,17 +7,25 @@ from hypothesis import strategies as st
 from penstock.executor.circuit import (
     Circuit,
     CircuitPolicy,
-    Verdict,
-    asks_to_wait,
     is_outage,
 )
 from penstock.upstream.base import Failure, Reply
 
-POLICY = CircuitPolicy(failures=3, first_pause_s=1, max_pause_s=8, max_retry_after_s=60)
+POLICY = CircuitPolicy(failures=3, quiet_s=0, first_pause_s=1, max_pause_s=8)
 
 
 def fail(circuit: Circuit, now: float = 0, *, was_probe: bool = False) -> bool:
     return circuit.note_failure(now, was_probe=was_probe, jitter=0)
+
+
+def admit(circuit: Circuit, now: float) -> str:
+    """What happens to a line that is to be sent: `send`, `probe` or `park`."""
+    if circuit.is_blocking(now):
+        return "park"
+    if not circuit.is_open:
+        return "send"
+    circuit.begin_probe()
+    return "probe"
 
 
 def opened(at: float = 0) -> Circuit:
@@ -30,7 +38,7 @@ def test_a_few_failures_in_a_row_open_it() -> None:
     circuit = opened()
 
     assert circuit.is_open
-    assert circuit.admit(0.9) is Verdict.PARK
+    assert admit(circuit, 0.9) == "park"
     assert circuit.wake_at() == 1
 
 
@@ -41,25 +49,25 @@ def test_an_answer_in_between_begins_the_count_anew() -> None:
         fail(circuit)
         assert not circuit.note_answer()
 
-    assert circuit.admit(0) is Verdict.SEND
+    assert admit(circuit, 0) == "send"
 
 
 def test_one_probe_goes_out_at_a_time() -> None:
     circuit = opened()
 
-    assert circuit.admit(1) is Verdict.PROBE
-    assert circuit.admit(1) is Verdict.PARK
+    assert admit(circuit, 1) == "probe"
+    assert admit(circuit, 1) == "park"
     assert circuit.wake_at() is None
     circuit.forget_probe()
-    assert circuit.admit(1) is Verdict.PROBE
+    assert admit(circuit, 1) == "probe"
 
 
 def test_a_probe_that_is_answered_closes_it() -> None:
     circuit = opened()
-    circuit.admit(1)
+    admit(circuit, 1)
 
     assert circuit.note_answer()
-    assert circuit.admit(1) is Verdict.SEND
+    assert admit(circuit, 1) == "send"
     assert [fail(circuit, 1) for _ in range(3)] == [False, False, True]
     assert circuit.wake_at() == 2
 
@@ -71,7 +79,7 @@ def test_the_pause_doubles_up_to_a_bound_while_probes_fail() -> None:
         assert at is not None
         pauses.append(at - now)
         now = at
-        assert circuit.admit(now) is Verdict.PROBE
+        assert admit(circuit, now) == "probe"
         assert not fail(circuit, now, was_probe=True)
 
     assert pauses == [1, 2, 4, 8, 8]
@@ -96,25 +104,18 @@ def test_a_line_in_flight_that_is_answered_closes_it() -> None:
     assert opened().note_answer()
 
 
-def test_an_upstream_is_left_alone_for_as_long_as_it_asks() -> None:
-    circuit = Circuit(POLICY)
-    circuit.hold(0, 5)
-    circuit.hold(0, 3)
+def test_failures_in_quick_succession_open_it_only_when_they_are_many() -> None:
+    circuit = Circuit(CircuitPolicy(failures=3, quiet_s=1, burst=5))
 
-    assert circuit.admit(4.9) is Verdict.PARK
-    assert circuit.wake_at() == 5
-    assert circuit.admit(5) is Verdict.SEND
-    circuit.hold(10, 3600)
-    assert circuit.wake_at() == 70
+    assert [fail(circuit, 10.5) for _ in range(5)] == [False] * 4 + [True]
 
 
-def test_it_probes_only_once_both_pauses_are_over() -> None:
-    circuit = opened()
-    circuit.hold(0, 5)
+def test_a_few_failures_open_it_when_nothing_else_has_come_for_a_while() -> None:
+    circuit = Circuit(CircuitPolicy(failures=3, quiet_s=1, burst=32))
 
-    assert circuit.admit(2) is Verdict.PARK
-    assert circuit.wake_at() == 5
-    assert circuit.admit(5) is Verdict.PROBE
+    assert [fail(circuit, at) for at in (10, 10.9, 10.99, 11)] == [False, False, False, True]
+    circuit.note_answer()
+    assert [fail(circuit, at) for at in (20, 20.5, 20.9)] == [False, False, False]
 
 
 @pytest.mark.parametrize(
@@ -135,16 +136,8 @@ def test_what_is_an_outage(reply: Reply, expected: bool) -> None:
     assert is_outage(reply) is expected
 
 
-def test_what_asks_to_wait() -> None:
-    assert asks_to_wait(Reply(status_code=429, retry_after_s=1))
-    assert asks_to_wait(Reply(status_code=503, retry_after_s=0.5))
-    assert not asks_to_wait(Reply(status_code=429))
-    assert not asks_to_wait(Reply(status_code=429, retry_after_s=0))
-    assert not asks_to_wait(Reply(status_code=500, retry_after_s=1))
-
-
 events = st.lists(
-    st.tuples(st.sampled_from(["send", "answer", "fail", "hold"]), st.floats(0, 30)),
+    st.tuples(st.sampled_from(["send", "answer", "fail"]), st.floats(0, 30)),
     max_size=60,
 )
 
@@ -158,12 +151,10 @@ def test_it_never_stays_shut_for_ever_and_never_lets_two_probes_out(
     for what, wait_s in happenings:
         now += wait_s
         if what == "send":
-            verdict = circuit.admit(now)
-            if verdict is not Verdict.PARK:
-                in_flight.append(verdict is Verdict.PROBE)
+            verdict = admit(circuit, now)
+            if verdict != "park":
+                in_flight.append(verdict == "probe")
             assert sum(in_flight) <= 1 or not circuit.is_open
-        elif what == "hold":
-            circuit.hold(now, wait_s)
         elif in_flight:
             was_probe = in_flight.pop(0)
             if what == "answer":
@@ -174,6 +165,4 @@ def test_it_never_stays_shut_for_ever_and_never_lets_two_probes_out(
     for was_probe in in_flight:
         circuit.note_failure(now, was_probe=was_probe, jitter=0.5)
 
-    at = circuit.wake_at()
-    assert at is not None
-    assert circuit.admit(max(now, at)) is not Verdict.PARK
+    assert admit(circuit, max(now, circuit.wake_at() or 0)) != "park"

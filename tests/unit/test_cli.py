@@ -307,6 +307,25 @@ def test_status_shows_a_batch(stub: Stub) -> None:
     assert document("status", batch_id) == stub.batches[0]
 
 
+def test_status_says_what_keeps_lines_waiting(stub: Stub) -> None:
+    stub.batches = [a_batch(status="in_progress", request_counts=counts(10, 6, 1))]
+    stub.metrics = """# TYPE penstock_upstream_in_flight_requests gauge
+penstock_upstream_in_flight_requests{upstream="gpu"} 12.0
+# TYPE penstock_upstream_concurrency_limit gauge
+penstock_upstream_concurrency_limit{upstream="gpu"} 12.0
+# TYPE penstock_upstream_max_concurrency gauge
+penstock_upstream_max_concurrency{upstream="gpu"} 256.0
+# TYPE penstock_upstream_limited gauge
+penstock_upstream_limited{upstream="gpu",reason="engine_queue"} 1.0
+"""
+    shown = " ".join(run("status", stub.batches[0]["id"]).stdout.split())
+
+    assert (
+        "Upstream gpu 12 lines in flight, 12 allowed now, 256 at most: "
+        "requests wait in the engine's queue" in shown
+    )
+
+
 @pytest.mark.parametrize("command", ["status", "watch", "download", "cancel"])
 def test_a_batch_that_is_not_there_is_told(command: str, stub: Stub) -> None:
     assert refusal(command, "batch_x") == "No batch found with id 'batch_x'."

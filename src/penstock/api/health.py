@@ -1,10 +1,11 @@
-"""Whether the process lives, and whether it can work."""
+"""Whether the process lives, whether it can work, and how the work goes."""
 
 from typing import Protocol
 
 from fastapi import Request, Response
 
 from penstock.api.wire import answer
+from penstock.telemetry import METRICS_TYPE
 
 
 class Health(Protocol):
@@ -12,6 +13,14 @@ class Health(Protocol):
 
     def faults(self) -> dict[str, str]:
         """What is wrong, in a sentence each, by the name of the part; empty if nothing is."""
+        ...
+
+
+class Metrics(Protocol):
+    """Knows how the work goes."""
+
+    def render(self) -> bytes:
+        """All of it, in Prometheus' text format."""
         ...
 
 
@@ -30,3 +39,9 @@ async def is_ready(request: Request) -> Response:
     if faults:
         return answer({"status": "unavailable", "faults": faults}, status=503)
     return answer({"status": "ok", "faults": {}})
+
+
+async def get_metrics(request: Request) -> Response:
+    """Tell how the work goes, in Prometheus' text format."""
+    metrics: Metrics = request.app.state.metrics
+    return Response(metrics.render(), media_type=METRICS_TYPE)

@@ -11,12 +11,13 @@ from penstock.api import batches, files, models, wire
 from penstock.api import health as _health
 from penstock.api import uploads as _uploads
 from penstock.api.errors import handle_errors
-from penstock.api.health import Health
+from penstock.api.health import Health, Metrics
 from penstock.api.middleware import RequestContext
 from penstock.api.openapi import make_document
-from penstock.api.operations import Route, form_body, json_body, object_answer
+from penstock.api.operations import Answer, Route, form_body, json_body, object_answer
 from penstock.model import ProjectId
 from penstock.service import Service
+from penstock.telemetry import METRICS_TYPE
 from penstock.uploads import Uploads
 
 PREFIXES = ("/v1", "/api/llm", "/openai/v1", "/openai", "/openai/deployments/{deployment}")
@@ -132,6 +133,18 @@ HEALTH = (
         ),
         asks_for_key=False,
     ),
+    Route(
+        "GET",
+        "/metrics",
+        _health.get_metrics,
+        (
+            Answer(
+                description="Prometheus' text format.",
+                content={METRICS_TYPE: {"type": "string"}},
+            ),
+        ),
+        asks_for_key=False,
+    ),
 )
 """What is found under no prefix."""
 
@@ -153,6 +166,7 @@ def create_api(
     service: Service,
     uploads: Uploads,
     health: Health,
+    metrics: Metrics,
     *,
     open_project: ProjectId | None = None,
     lifespan: Lifespan | None = None,
@@ -168,6 +182,7 @@ def create_api(
     app.state.service = service
     app.state.uploads = uploads
     app.state.health = health
+    app.state.metrics = metrics
     return app
 
 

@@ -146,10 +146,12 @@ def status(batch_id: BatchArgument, data_dir: DataDir = None, as_json: AsJson = 
 
     with _open_client(data_dir) as client:
         batch = client.get_batch(batch_id)
+        is_running = batch.status == BatchStatus.IN_PROGRESS
+        upstreams = client.list_upstreams() if is_running and not as_json else []
     if as_json:
         print_json(batch.document)
     else:
-        print_view(batch_view(batch, now=time.time()))
+        print_view(batch_view(batch, now=time.time(), upstreams=upstreams))
 
 
 def watch(batch_id: BatchArgument, data_dir: DataDir = None, as_json: AsJson = False) -> None:

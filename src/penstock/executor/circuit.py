@@ -1,16 +1,15 @@
 """Whether lines of a model may go to an upstream now. Pure: time and chance come in.
 
 An upstream that is down fails every line that it is sent. Were each of them tried as often as
-its policy says, an outage of minutes would fail whole batches. So after a few failures in a row
-the circuit opens: nothing is sent but one line now and then, a probe, and what an outage does
-to a line does not count as one of its attempts.
+its policy says, an outage of minutes would fail whole batches. So when nothing but failures
+has come for a second, or a good many in a row, the circuit opens: nothing is sent but one line
+now and then, a probe, and a probe that fails does not count as one of its line's attempts.
 
     closed ── failures in a row ──► open ── pause over: one probe ──► closed, if it is answered
                                      ▲                          └──► open, for twice as long
 """
 
 from dataclasses import dataclass
-from enum import Enum, auto
 
 from penstock.upstream.base import Failure, Reply
 
@@ -23,21 +22,16 @@ class CircuitPolicy:
     """When to leave an upstream alone, and for how long."""
 
     failures: int = 3
-    """How many in a row, without an answer in between, open the circuit."""
+    """How many in a row, without an answer in between, open the circuit after `quiet_s`."""
+    quiet_s: float = 1.0
+    """For how long there must have been none but failures."""
+    burst: int = 32
+    """How many in a row open it at once. An upstream that is only overloaded fails many lines
+    too, but answers others in between."""
     first_pause_s: float = 1.0
     max_pause_s: float = 60.0
-    max_retry_after_s: float = 60.0
-    """The longest wait that an upstream may ask for."""
     patience_s: float = 5.0
     """How long a slice is held of which nothing is left but lines that wait."""
-
-
-class Verdict(Enum):
-    """What may be done with a line."""
-
-    SEND = auto()
-    PROBE = auto()  # send it, and none beside it until its reply is there
-    PARK = auto()  # let it wait
 
 
 class Circuit:
@@ -46,9 +40,9 @@ class Circuit:
     def __init__(self, policy: CircuitPolicy) -> None:
         self._policy = policy
         self._failures = 0
+        self._failing_since = 0.0
         self._pause_s = 0.0
         self._open_until: float | None = None
-        self._held_until = float("-inf")
         self._is_probing = False
 
     @property
@@ -57,25 +51,16 @@ class Circuit:
 
     def is_blocking(self, now: float) -> bool:
         """Whether a line would have to wait."""
-        if now < self._held_until:
-            return True
         return self._open_until is not None and (self._is_probing or now < self._open_until)
 
-    def admit(self, now: float) -> Verdict:
-        """Decide about a line that is to be sent now. Who gets `PROBE` must tell of its end,
-        by a note or by `forget_probe`."""
-        if self.is_blocking(now):
-            return Verdict.PARK
-        if self._open_until is None:
-            return Verdict.SEND
+    def begin_probe(self) -> None:
+        """Say that a line is sent although it is open. The probe's end must be told by a note
+        or by `forget_probe`."""
         self._is_probing = True
-        return Verdict.PROBE
 
     def wake_at(self) -> float | None:
-        """When to look at the lines that wait; None if only a reply can change anything."""
-        if self._open_until is None:
-            return self._held_until
-        return None if self._is_probing else max(self._open_until, self._held_until)
+        """When the next probe may go; None if none may before a reply has come."""
+        return None if self._is_probing else self._open_until
 
     def forget_probe(self) -> None:
         """Say that a probe was called back without a reply."""
@@ -107,16 +92,15 @@ class Circuit:
             if was_probe:
                 self._open(now, jitter)
             return False  # it was sent before the circuit opened
+        if not self._failures:
+            self._failing_since = now
         self._failures += 1
-        if self._failures < self._policy.failures:
+        policy = self._policy
+        is_quiet = now - self._failing_since >= policy.quiet_s
+        if self._failures < (policy.failures if is_quiet else policy.burst):
             return False
         self._open(now, jitter)
         return True
-
-    def hold(self, now: float, retry_after_s: float) -> None:
-        """Say that the upstream asks to be left alone for a while."""
-        wait_s = min(retry_after_s, self._policy.max_retry_after_s)
-        self._held_until = max(self._held_until, now + wait_s)
 
     def _open(self, now: float, jitter: float) -> None:
         self._is_probing = False
@@ -131,8 +115,3 @@ def is_outage(reply: Reply) -> bool:
     if reply.failure is not None:
         return reply.failure in _OUTAGE_FAILURES
     return reply.status_code in _OUTAGE_STATUSES
-
-
-def asks_to_wait(reply: Reply) -> bool:
-    """Whether an upstream asks to be left alone for a time that it names."""
-    return reply.status_code in (429, 503) and bool(reply.retry_after_s)

@@ -10,13 +10,14 @@ kept in memory and tried again every second.
 import asyncio
 import contextlib
 import errno
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
 import structlog
 
 from penstock.blobs.segments import SegmentWriter
-from penstock.telemetry import Health
+from penstock.telemetry import Health, WorkStats
 
 _log = structlog.get_logger()
 
@@ -39,11 +40,18 @@ class Keeper:
     """
 
     def __init__(
-        self, *, gate: asyncio.Event, health: Health, flush_interval_s: float, flush_bytes: int
+        self,
+        *,
+        gate: asyncio.Event,
+        health: Health,
+        stats: WorkStats,
+        flush_interval_s: float,
+        flush_bytes: int,
     ) -> None:
         self._gate = gate
         self._troubles: set[str] = set()
         self._health = health
+        self._stats = stats
         self._flush_interval_s = flush_interval_s
         self._flush_bytes = flush_bytes
         self._dirty: set[Written] = set()
@@ -73,7 +81,7 @@ class Keeper:
     async def flush(self) -> None:
         """Make all durable that was noted before the call, however long that takes."""
         group, self._dirty = self._dirty, set()
-        self._waiting_bytes = 0
+        appended_bytes, self._waiting_bytes = self._waiting_bytes, 0
         self._some.clear()
         self._urgent.clear()
         writers = [written.writer for written in group]
@@ -81,7 +89,10 @@ class Keeper:
             writer.prepare()
         while True:
             try:
+                begun = time.monotonic()
                 await asyncio.to_thread(_flush_all, writers)
+                self._stats.flushes.note(time.monotonic() - begun)
+                self._stats.flushed_bytes += appended_bytes
                 break
             except OSError as error:
                 self.close_gate("storage", explain(error))

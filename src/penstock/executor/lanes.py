@@ -1,34 +1,35 @@
-"""Lanes: one queue of lines for each upstream, and as many senders as it takes.
+"""Lanes: one queue of lines for each upstream, or group of upstreams, and as many senders as it
+can use.
 
-A sender takes a line, sends it, and asks the retry policy what the reply means. A line that
-waits for its next attempt holds no place. Slices share a lane in the order they came, so a
-slow line delays nothing but its own slice.
+A sender takes a line, finds an upstream that takes it now, sends it, and asks the retry policy
+what the reply means. A line that waits for its next attempt holds no place. Slices share a lane
+in the order they came, so a slow line delays nothing but its own slice.
 
-Lines of a model whose circuit does not let them pass are parked; those of other models pass
-them by. Parked lines go on, one as a probe or all of them, when the circuit says so.
+Lines of a model whose circuit lets none pass at any upstream are parked; those of other models
+pass them by. Parked lines go on, one as a probe or all of them, when a circuit says so.
 """
 
 import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import structlog
 
-from penstock.executor.circuit import Circuit, CircuitPolicy, Verdict, asks_to_wait, is_outage
-from penstock.executor.retry import RetryPolicy
+from penstock.executor.admission import Admission, Outcome, Ticket, Verdict, choose
 from penstock.jsonl import RequestLine
-from penstock.upstream.base import Failure, LineUpstream, Reply
+from penstock.telemetry import LaneGauges, UpstreamGauges, UpstreamStats
+from penstock.upstream.base import Failure, Reply
 
 _log = structlog.get_logger()
 _TELL_EVERY = 64
 _HIGH_WATER = 2
 _TELL_EVERY_S = 30.0
 _LATE_S = 0.001
-"""How much later than it must a lane looks at a circuit, so that it need not look twice."""
+"""How much later than it must a lane looks at a clock, so that it need not look twice."""
 
 Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 """Starts a task that somebody owns."""
@@ -61,16 +62,19 @@ class _Queued:
     owner: LineOwner
     line: RequestLine
     attempt: int
+    avoid: Admission | None = None
+    """Where it has failed last."""
 
 
 class Lane:
-    """The lines for one upstream.
+    """The lines for one upstream, or for several that share them.
 
     Args:
+        admissions: The upstreams' doors.
+        stats: What is counted of each upstream, in the same order.
         gate: Nothing is sent while this is not set.
         spawn: Starts the senders.
         wants_more: Called now and then while the queue grows shorter.
-        circuits: When to leave the upstream alone.
         low_water: With fewer lines than this it has room, until it has twice as many: slices
             are claimed a few at a time, since a claim costs a sync of the disk.
         held_bytes: With as many bytes of waiting bodies it is full.
@@ -78,23 +82,21 @@ class Lane:
 
     def __init__(
         self,
-        upstream: LineUpstream,
-        policy: RetryPolicy,
+        admissions: Sequence[Admission],
+        stats: Sequence[UpstreamStats],
         *,
         gate: asyncio.Event,
         spawn: Spawn,
         wants_more: Callable[[], None],
-        circuits: CircuitPolicy,
         low_water: int,
         held_bytes: int,
     ) -> None:
-        self.upstream = upstream
-        self._policy = policy
-        self._circuit_policy = circuits
-        self._circuits: dict[str, Circuit] = {}
-        """By model; one that never failed has none."""
+        self.admissions = tuple(admissions)
+        self._only = self.admissions[0] if len(self.admissions) == 1 else None
+        self._stats = dict(zip(self.admissions, stats, strict=True))
         self._parked: dict[str, deque[_Queued]] = {}
         self._wakers: dict[str, asyncio.TimerHandle] = {}
+        self._restart: asyncio.TimerHandle | None = None
         self._gate = gate
         self._spawn = spawn
         self._wants_more = wants_more
@@ -123,17 +125,41 @@ class Lane:
         """Whether it holds as many bytes of bodies as it may."""
         return self.queued_bytes + self.expected_bytes >= self._held_bytes
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether any line is on its way or waits."""
+        return bool(self._senders or self._queue or any(self._parked.values()))
+
     def is_blocked(self, model: str) -> bool:
         """Whether lines of a model would be parked now."""
-        circuit = self._circuits.get(model)
-        return circuit is not None and circuit.is_blocking(time.monotonic())
+        now = time.monotonic()
+        return all(each.is_parking(model, now) for each in self.admissions)
 
-    def put(self, owner: LineOwner, lines: list[RequestLine]) -> None:
+    def measure(self) -> LaneGauges:
+        """How it stands now."""
+        now = time.monotonic()
+        return LaneGauges(
+            queued=len(self._queue),
+            parked=sum(map(len, self._parked.values())),
+            upstreams={
+                each.upstream.name: UpstreamGauges(
+                    in_flight=each.in_flight,
+                    limit=each.limit.current,
+                    most=each.policy.concurrency.most,
+                    limited_by=each.hindrance(now) if self.is_busy else None,
+                    engine_running=each.load.running if each.load else None,
+                    engine_waiting=each.load.waiting if each.load else None,
+                )
+                for each in self.admissions
+            },
+        )
+
+    def put(self, owner: LineOwner, lines: Sequence[RequestLine]) -> None:
         """Queue lines for their first attempt."""
         for line in lines:
             self._queue.append(_Queued(owner, line, 1))
             self.queued_bytes += len(line.body)
-        self._start_senders()
+        self.start()
 
     def parked_of(self, owner: LineOwner) -> list[str]:
         """The models of an owner's lines that are parked."""
@@ -159,18 +185,22 @@ class Lane:
             self.queued_bytes -= len(line.body)
             owner.drop(line)
 
-    def _start_senders(self) -> None:
+    def start(self) -> None:
+        """Start the senders that the queue and the upstreams' limits call for."""
         # A sender that has just been started has taken no line yet, so starting one for each
         # waiting line never starts too few.
-        wanted = min(len(self._queue), self.upstream.max_concurrency - self._senders)
-        for _ in range(wanted):
+        if self._only:
+            most = self._only.limit.current
+        else:
+            most = sum(each.limit.current for each in self.admissions)
+        for _ in range(min(len(self._queue), most - self._senders)):
             self._senders += 1
             self._spawn(self._send_lines())
 
     async def _send_lines(self) -> None:
         task = asyncio.current_task()
         assert task is not None  # noqa: S101
-        send = self.upstream.send
+        only = self._only
         try:
             while self._queue:
                 if not self._gate.is_set():
@@ -184,18 +214,29 @@ class Lane:
                 if owner.is_stopping:
                     owner.drop(line)
                     continue
-                circuit = self._circuits.get(line.model)
-                verdict = circuit.admit(time.monotonic()) if circuit else Verdict.SEND
-                if verdict is Verdict.PARK:
-                    self._park(queued)
-                    continue
+                now = time.monotonic()
+                if only:
+                    verdict, admission = only.look(line.model, now), only
+                else:
+                    verdict, admission = choose(
+                        self.admissions, line.model, now, avoid=queued.avoid
+                    )
+                if verdict < Verdict.SEND or admission is None:
+                    self.queued_bytes += len(line.body)
+                    if verdict is Verdict.PARK:
+                        self._park(queued)
+                        continue
+                    self._queue.appendleft(queued)
+                    self._restart_in_time(now)
+                    break
+                ticket = admission.take(line.model, line.body, now)
                 owner.flights[line.line] = task
                 try:
-                    reply = await send(owner.endpoint, line.body)
+                    reply = await admission.upstream.send(owner.endpoint, line.body)
                 except asyncio.CancelledError:
-                    if circuit and verdict is Verdict.PROBE:
-                        circuit.forget_probe()
-                        self._set_waker(line.model, circuit)
+                    admission.forget(ticket, line.model)
+                    if ticket.is_probe:
+                        self._set_waker(line.model)
                     if not owner.is_aborted:
                         raise
                     task.uncancel()
@@ -203,82 +244,119 @@ class Lane:
                     continue
                 except Exception as error:
                     # An adapter must not raise. If one does, the line pays, not the batch.
-                    _log.exception("An upstream adapter failed.", upstream=self.upstream.name)
+                    name = admission.upstream.name
+                    _log.exception("An upstream adapter failed.", upstream=name)
                     reply = Reply(
                         failure=Failure.INVALID, message=f"Penstock failed: {error!r}."
                     )
                 finally:
                     del owner.flights[line.line]
-                if reply.is_success:
-                    if circuit:
-                        self._note_answer(line.model, circuit)
-                    owner.keep(line, reply)
-                else:
-                    self._decide(queued, reply, was_probe=verdict is Verdict.PROBE)
+                self._take_reply(queued, ticket, reply)
         finally:
             self._senders -= 1
 
-    def _decide(self, queued: _Queued, reply: Reply, *, was_probe: bool) -> None:
-        owner, line = queued.owner, queued.line
-        circuit = self._circuits.get(line.model)
-        if circuit is None:
-            circuit = self._circuits[line.model] = Circuit(self._circuit_policy)
+    def _take_reply(self, queued: _Queued, ticket: Ticket, reply: Reply) -> None:
+        """Keep a reply, or try its line again, and let the upstream's door know."""
+        owner, line, admission = queued.owner, queued.line, ticket.admission
         now = time.monotonic()
-        if is_outage(reply):
-            if circuit.note_failure(now, was_probe=was_probe, jitter=random.random()):
-                self._tell_outage(line.model, reply)
+        limit = admission.limit.current
+        outcome = admission.note(
+            ticket, line.model, line.body, reply, now, jitter=random.random()
+        )
+        stats = self._stats[admission]
+        stats.note(reply.failure or str(reply.status_code), now - ticket.sent_at)
+        if admission.limit.current > limit:
+            self.start()
+        if outcome.has_opened:
+            self._tell_outage(admission, line.model, reply)
+        elif outcome.has_closed:
+            self._go_on(admission, line.model)
+        if reply.is_success:
+            stats.add_tokens(reply.input_tokens, reply.cached_tokens, reply.output_tokens)
+            owner.keep(line, reply)
         else:
-            self._note_answer(line.model, circuit)
-        if asks_to_wait(reply):
-            circuit.hold(now, reply.retry_after_s or 0.0)
-        # What an outage does to a line is not its fault, and so is no attempt at it.
-        is_free = asks_to_wait(reply) or (was_probe and is_outage(reply))
-        wait_s = self._policy.wait_s(
+            self._try_again(queued, admission, reply, outcome, now)
+
+    def _try_again(
+        self,
+        queued: _Queued,
+        admission: Admission,
+        reply: Reply,
+        outcome: Outcome,
+        now: float,
+    ) -> None:
+        """Let a line that failed wait for its next attempt, or keep its last reply."""
+        owner, line = queued.owner, queued.line
+        policy = admission.policy.retries
+        is_free = outcome.is_free and policy.max_attempts > 1
+        wait_s = policy.wait_s(
             reply,
-            attempt=1 if is_free and self._policy.max_attempts > 1 else queued.attempt,
+            attempt=1 if is_free else queued.attempt,
             jitter=random.random(),
             time_left_s=owner.expires_at - time.time(),
         )
         if wait_s is None:
-            self._tell(reply)
+            self._tell(admission, reply)
             owner.keep(line, reply)
-        elif owner.is_stopping:
+            return
+        if owner.is_stopping:
             owner.drop(line)
-        elif circuit.is_blocking(now):
-            queued.attempt += not is_free
+            return
+        queued.attempt += not is_free
+        queued.avoid = admission
+        self.queued_bytes += len(line.body)
+        if all(each.is_parking(line.model, now) for each in self.admissions):
             self._park(queued)
-            self.queued_bytes += len(line.body)
+        elif outcome.is_free and choose(self.admissions, line.model, now)[0] >= Verdict.SEND:
+            self._queue.appendleft(queued)  # another upstream takes it at once
         else:
-            queued.attempt += 1
             timer = asyncio.get_running_loop().call_later(wait_s, self._put_back, queued)
             owner.timers[line.line] = (timer, line, self)
-            self.queued_bytes += len(line.body)
+
+    def _put_back(self, queued: _Queued) -> None:
+        del queued.owner.timers[queued.line.line]
+        # It has waited long enough: it goes before the lines that were never sent.
+        self._queue.appendleft(queued)
+        self.start()
+
+    def _restart_in_time(self, now: float) -> None:
+        """Start senders again when time alone lets lines pass; replies do by themselves."""
+        ready = [each.ready_at() for each in self.admissions]
+        later = [at for at in ready if at > now]
+        if self._restart is None and later:
+            loop = asyncio.get_running_loop()
+            self._restart = loop.call_later(min(later) - now + _LATE_S, self._start_again)
+
+    def _start_again(self) -> None:
+        self._restart = None
+        self.start()
 
     # Circuits
 
     def _park(self, queued: _Queued) -> None:
-        """Let a line wait until its circuit lets it pass."""
+        """Let a line wait until a circuit lets it pass."""
         model = queued.line.model
         self._parked.setdefault(model, deque()).append(queued)
         queued.owner.park(1)
-        self._set_waker(model, self._circuits[model])
+        self._set_waker(model)
 
-    def _set_waker(self, model: str, circuit: Circuit) -> None:
-        at = circuit.wake_at()
-        if at is None or model in self._wakers:
+    def _set_waker(self, model: str) -> None:
+        times = [each.probe_at(model) for each in self.admissions]
+        due = [at for at in times if at is not None]
+        if not due or model in self._wakers:
             return
-        wait_s = max(at - time.monotonic(), 0.0) + _LATE_S
+        wait_s = max(min(due) - time.monotonic(), 0.0) + _LATE_S
         loop = asyncio.get_running_loop()
         self._wakers[model] = loop.call_later(wait_s, self._wake, model)
 
     def _wake(self, model: str) -> None:
-        """Let go what the circuit of a model lets pass now."""
+        """Let go what the circuits of a model let pass now."""
         del self._wakers[model]
-        circuit = self._circuits[model]
-        if circuit.is_blocking(time.monotonic()):
-            self._set_waker(model, circuit)
+        if self.is_blocked(model):
+            self._set_waker(model)
             return
-        self._let_go(model, 1 if circuit.is_open else None)
+        is_closed = any(not each.is_probing(model) for each in self.admissions)
+        self._let_go(model, None if is_closed else 1)
         self._wants_more()  # if none waits here, a slice of the model has lines to probe with
 
     def _let_go(self, model: str, most: int | None) -> None:
@@ -291,37 +369,33 @@ class Lane:
         for queued in first:
             queued.owner.park(-1)
         self._queue.extendleft(reversed(first))
-        self._start_senders()
+        self.start()
 
-    def _note_answer(self, model: str, circuit: Circuit) -> None:
-        if circuit.note_answer():
-            _log.info("An upstream is back.", upstream=self.upstream.name, model=model)
-            if not circuit.is_blocking(time.monotonic()):
-                self._let_go(model, None)
-            self._wants_more()
+    def _go_on(self, admission: Admission, model: str) -> None:
+        _log.info("An upstream is back.", upstream=admission.upstream.name, model=model)
+        self._let_go(model, None)
+        self._wants_more()
 
-    def _tell_outage(self, model: str, reply: Reply) -> None:
+    # The log
+
+    def _tell_outage(self, admission: Admission, model: str, reply: Reply) -> None:
         _log.error(
-            "An upstream is down; its lines wait until it is back.",
-            upstream=self.upstream.name,
+            "An upstream is down; its lines wait until it is back."
+            if self._only
+            else "An upstream is down; others of its group take its lines.",
+            upstream=admission.upstream.name,
             model=model,
             error=reply.message or f"HTTP status {reply.status_code}",
         )
 
-    def _tell(self, reply: Reply) -> None:
+    def _tell(self, admission: Admission, reply: Reply) -> None:
         """Say in the log, now and then, that lines fail because of the upstream itself."""
         now = time.monotonic()
         if reply.failure is not None and now - self._told_at > _TELL_EVERY_S:
             self._told_at = now
             _log.warning(
                 "Lines fail.",
-                upstream=self.upstream.name,
+                upstream=admission.upstream.name,
                 failure=reply.failure.value,
                 error=reply.message,
             )
-
-    def _put_back(self, queued: _Queued) -> None:
-        del queued.owner.timers[queued.line.line]
-        # It has waited long enough: it goes before the lines that were never sent.
-        self._queue.appendleft(queued)
-        self._start_senders()

@@ -44,6 +44,7 @@ from penstock.model import (
     find_endpoint,
 )
 from penstock.store.base import BatchChange, SliceTally, Store
+from penstock.telemetry import WorkStats
 
 _log = structlog.get_logger()
 
@@ -147,6 +148,7 @@ class Lifecycle:
         accepts_model: Callable[[str], bool],
         options: LifecycleOptions,
         feed: Callable[[], None],
+        stats: WorkStats,
     ) -> None:
         self._store = store
         self._blobs = blobs
@@ -155,6 +157,7 @@ class Lifecycle:
         self._accepts_model = accepts_model
         self._options = options
         self._feed = feed
+        self._stats = stats
         self._reading = asyncio.Semaphore(_AT_ONCE)
         self._writing = asyncio.Semaphore(_AT_ONCE)
         self._settling: WeakValueDictionary[BatchId, asyncio.Lock] = WeakValueDictionary()
@@ -183,6 +186,7 @@ class Lifecycle:
                 await self._store.move_batch(
                     batch_id, BatchStatus.FAILED, now=now, change=change
                 )
+                self._stats.count_batch(BatchStatus.FAILED)
                 _log.info(
                     "An input file has faults.", batch_id=batch_id, faults=len(change.faults)
                 )
@@ -209,6 +213,7 @@ class Lifecycle:
             )
         except Conflict:
             return  # it was cancelled meanwhile
+        self._stats.count_batch(BatchStatus.IN_PROGRESS)
         _log.info("A batch begins.", batch_id=batch_id, requests=checked.total)
         self._feed()
         await self._settle(batch_id)
@@ -333,6 +338,7 @@ class Lifecycle:
         except Exception:
             await self._drop(written)
             raise
+        self._stats.count_batch(status)
         _log.info(
             "A batch has ended.",
             batch_id=batch.id,

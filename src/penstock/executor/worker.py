@@ -6,26 +6,26 @@ input file, spread over the lanes, and ended when each of its lines has a durabl
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import structlog
 
 from penstock.blobs.base import Blobs
-from penstock.blobs.segments import LocalSegments, SegmentWriter
+from penstock.blobs.segments import Kind, LocalSegments, SegmentWriter
 from penstock.errors import StorageUnavailable
-from penstock.executor.circuit import CircuitPolicy
+from penstock.executor.admission import Admission, AdmissionPolicy
 from penstock.executor.group import GroupCommit
 from penstock.executor.keeper import AGAIN_S, Keeper, explain
 from penstock.executor.lanes import Lane
+from penstock.executor.order import by_prefix
 from penstock.executor.replies import reply_line
-from penstock.executor.retry import RetryPolicy
 from penstock.jsonl import RequestLine, iter_requests
 from penstock.model import Slice, SliceId
 from penstock.store.base import ClaimedSlice, SliceReport, Store
-from penstock.telemetry import Health
+from penstock.telemetry import Health, LaneGauges, Metrics
 from penstock.upstream.base import Failure, Reply
 from penstock.upstream.routes import Route, Routes
 
@@ -37,6 +37,11 @@ _MOST_WAITING = 100_000
 """Of how many slices it is remembered at most what they wait for."""
 _PROGRESS_S = 0.5
 """How often the counts of running slices go to the store."""
+_LOAD_S = 0.5
+"""How often an engine is asked for its load while it has work."""
+_LOAD_PATIENCE_S = 2.0
+_NO_LOAD_S = 60.0
+"""How long one that tells nothing is not asked again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +59,8 @@ class WorkerOptions:
     held_bytes: int = 8 << 20
     """How many bytes of unsent bodies are held, shared evenly by the upstreams; each may go
     beyond its share by one slice."""
-    circuits: CircuitPolicy = field(default_factory=CircuitPolicy)
-    """When an upstream that fails is left alone."""
+    parked_patience_s: float = 5.0
+    """How long a slice is held of which nothing is left but lines that are parked."""
     lines_ahead: int = 512
     """With fewer lines than this ready to be sent, a lane is given another slice."""
 
@@ -63,7 +68,7 @@ class WorkerOptions:
 class HeldSlice:
     """A slice while this worker holds it: the owner of its lines in the lanes."""
 
-    def __init__(self, claimed: ClaimedSlice, keeper: Keeper) -> None:
+    def __init__(self, claimed: ClaimedSlice, keeper: Keeper, metrics: Metrics) -> None:
         self.slice = claimed.slice
         self.endpoint = claimed.endpoint
         self.expires_at = float(claimed.expires_at)
@@ -87,6 +92,7 @@ class HeldSlice:
         self.is_ending = False
         """The last report is on its way."""
         self._keeper = keeper
+        self._stats = metrics.work
 
     def keep(self, line: RequestLine, reply: Reply) -> None:
         """Append the reply of a line."""
@@ -99,6 +105,10 @@ class HeldSlice:
             reply.total_tokens,
         )
         self.writer.append(line.line, kind, payload, tokens)
+        if kind is Kind.OUTPUT:
+            self._stats.completed_lines += 1
+        else:
+            self._stats.failed_lines += 1
         self.durable.clear()
         self._end_line()
         self._keeper.note(self, len(payload))
@@ -181,8 +191,9 @@ class Worker:
         blobs: Blobs,
         segments: LocalSegments,
         routes: Routes,
-        policies: dict[str, RetryPolicy],
+        policies: Mapping[str, AdmissionPolicy],
         health: Health,
+        metrics: Metrics,
         options: WorkerOptions,
         wants_more: Callable[[], None],
         took: Callable[[str], None],
@@ -192,7 +203,7 @@ class Worker:
         self._segments = segments
         self._routes = routes
         self._policies = policies
-        self._health = health
+        self._metrics = metrics
         self._options = options
         self._wants_more = wants_more
         self._took = took
@@ -209,6 +220,7 @@ class Worker:
         self._keeper = Keeper(
             gate=self._gate,
             health=health,
+            stats=metrics.work,
             flush_interval_s=options.flush_interval_s,
             flush_bytes=options.flush_bytes,
         )
@@ -238,7 +250,7 @@ class Worker:
 
     def _is_model_blocked(self, model: str) -> bool:
         route = self._routes.find(model)
-        lane = self._lanes.get(route.upstream.name) if route else None
+        lane = self._lanes.get(route.name) if route else None
         return lane is not None and lane.is_blocked(model)
 
     def expect(self, piece: Slice, *, sign: int = 1) -> None:
@@ -257,7 +269,8 @@ class Worker:
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             for route in self._routes:
-                self._lanes[route.upstream.name] = self._make_lane(route)
+                self._lanes[route.name] = self._make_lane(route)
+            self._metrics.watch(lanes=self._measure, held_slices=lambda: len(self._held))
             loops = [
                 tasks.create_task(loop)
                 for loop in (
@@ -265,6 +278,11 @@ class Worker:
                     self._claims.run(),
                     self._reports.run(),
                     self._extend_leases(),
+                    *(
+                        self._watch_load(lane, admission)
+                        for lane in self._lanes.values()
+                        for admission in lane.admissions
+                    ),
                 )
             ]
             await self._closed.wait()
@@ -310,7 +328,7 @@ class Worker:
         claimed = await self._claims.submit(name)
         if claimed is None:
             return None
-        held = HeldSlice(claimed, self._keeper)
+        held = HeldSlice(claimed, self._keeper, self._metrics)
         self._held[name] = held
         try:
             await self._fill(held, claimed.input_blob_key)
@@ -365,9 +383,9 @@ class Worker:
                 # It was there when the file was checked: the settings have changed since.
                 held.keep(line, _no_upstream(line.model))
             else:
-                by_lane.setdefault(route.upstream.name, []).append(line)
+                by_lane.setdefault(route.name, []).append(line)
         for name, mine in by_lane.items():
-            self._lanes[name].put(held, mine)
+            self._lanes[name].put(held, by_prefix(mine))
 
     async def _until_done(self, held: HeldSlice, stop: asyncio.Event) -> None:
         """Wait until no line is on its way, or stop them when there is a reason to."""
@@ -380,7 +398,7 @@ class Worker:
             # A short pause is waited for; in a long one its place is of more use to others.
             wakes = held.wakes
             await _first_of(
-                *ends, timeout_s=min(self._options.circuits.patience_s, _left_s(held))
+                *ends, timeout_s=min(self._options.parked_patience_s, _left_s(held))
             )
             if held.wakes == wakes or any(event.is_set() for event in ends):
                 break
@@ -474,21 +492,40 @@ class Worker:
 
     def _make_lane(self, route: Route) -> Lane:
         assert self._tasks is not None  # noqa: S101
-        upstream = route.upstream
         return Lane(
-            upstream,
-            self._policies[upstream.name],
+            [Admission(each, self._policies[each.name]) for each in route.upstreams],
+            [self._metrics.upstream(each.name) for each in route.upstreams],
             gate=self._gate,
             spawn=self._tasks.create_task,
             wants_more=self._wants_more,
-            circuits=self._options.circuits,
             low_water=self._options.lines_ahead,
             held_bytes=self._options.held_bytes // len(tuple(self._routes)),
         )
 
     def _lanes_of(self, models: tuple[str, ...]):
-        names = {route.upstream.name for m in models if (route := self._routes.find(m))}
+        names = {route.name for model in models if (route := self._routes.find(model))}
         return (self._lanes[name] for name in names if name in self._lanes)
+
+    def _measure(self) -> Mapping[str, LaneGauges]:
+        return {name: lane.measure() for name, lane in self._lanes.items()}
+
+    async def _watch_load(self, lane: Lane, admission: Admission) -> None:
+        """Ask an engine how many wait in its queue, while lines are sent to it."""
+        while True:
+            await asyncio.sleep(_LOAD_S)
+            if not lane.is_busy:
+                continue
+            try:
+                async with asyncio.timeout(_LOAD_PATIENCE_S):
+                    load = await admission.upstream.read_load()
+            except TimeoutError:
+                continue
+            limit = admission.limit.current
+            admission.note_load(load, time.monotonic())
+            if admission.limit.current > limit:
+                lane.start()
+            if load is None:
+                await asyncio.sleep(_NO_LOAD_S)
 
 
 def _left_s(held: HeldSlice) -> float:

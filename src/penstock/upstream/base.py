@@ -50,6 +50,17 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         return self.failure is None and self.status_code is not None and self.status_code < 300
 
 
+class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """What an inference engine tells of itself, summed over its replicas and models."""
+
+    running: int
+    """Requests that it works on."""
+    waiting: int
+    """Requests in its queue."""
+    cache_usage: float = 0.0
+    """How much of the key-value cache is in use, from 0 to 1; of several the highest."""
+
+
 class LineUpstream(Protocol):
     """Answers one request at a time; many calls run at once."""
 
@@ -76,6 +87,10 @@ class LineUpstream(Protocol):
         Raises:
             UpstreamDown: It did not answer, or not with a list of models.
         """
+        ...
+
+    async def read_load(self) -> EngineLoad | None:
+        """What its engine tells of itself now; None if it tells nothing."""
         ...
 
     async def close(self) -> None:

@@ -20,7 +20,8 @@ from pyreqwest.http import Url
 from penstock import __version__
 from penstock.errors import InvalidSettings, UpstreamDown
 from penstock.model import ENDPOINTS
-from penstock.upstream.base import Failure, Reply
+from penstock.upstream.base import EngineLoad, Failure, Reply
+from penstock.upstream.engine_load import parse_load
 from penstock.upstream.http1 import Http1Transport
 from penstock.upstream.reqwest import ReqwestTransport
 from penstock.upstream.transport import Answer, Transport, TransportFailed, TransportOptions
@@ -122,6 +123,13 @@ class OpenAIHttpUpstream:
                 f"The upstream {self.name} did not answer with a list of models: {error}."
             ) from error
         return [model.id for model in models.data]
+
+    async def read_load(self) -> EngineLoad | None:
+        try:
+            answer = await self._transport.get(self._base_path.removesuffix("/v1") + "/metrics")
+        except TransportFailed:
+            return None
+        return parse_load(answer.body) if answer.status == 200 else None
 
     async def close(self) -> None:
         await self._transport.close()

@@ -15,9 +15,11 @@ _FRESH_S = 15.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """An upstream and the models whose lines it takes."""
+    """An upstream, or several that share their lines, and the models whose lines they take."""
 
-    upstream: LineUpstream
+    name: str
+    """The upstream's, or the group's."""
+    upstreams: tuple[LineUpstream, ...]
     models: tuple[str, ...]
     """Glob patterns; case counts."""
 
@@ -31,7 +33,7 @@ class ServedModel:
 
     id: str
     owned_by: str
-    """The upstream that takes its lines, as the settings call it."""
+    """The upstream or group that takes its lines, as the settings call it."""
 
 
 class Routes:
@@ -65,7 +67,7 @@ class Routes:
             for route, answer, names in zip(self._routes, answers, named, strict=True):
                 for model in sorted({*answer, *names}):
                     if self.find(model) is route:
-                        listed[model] = ServedModel(id=model, owned_by=route.upstream.name)
+                        listed[model] = ServedModel(id=model, owned_by=route.name)
             self._listed = list(listed.values())
             self._listed_until = time.monotonic() + _FRESH_S
         return self._listed
@@ -73,15 +75,22 @@ class Routes:
     async def close(self) -> None:
         """Close all upstreams."""
         for route in self._routes:
-            await route.upstream.close()
+            for upstream in route.upstreams:
+                await upstream.close()
 
     def __iter__(self):
         return iter(self._routes)
 
 
-async def _ask(route: Route) -> list[str]:
+async def _ask(route: Route) -> set[str]:
+    """What the upstreams of a route say that they serve."""
+    answers = await asyncio.gather(*map(_ask_one, route.upstreams))
+    return {model for answer in answers for model in answer}
+
+
+async def _ask_one(upstream: LineUpstream) -> list[str]:
     try:
         async with asyncio.timeout(_ASK_S):
-            return await route.upstream.list_models()
+            return await upstream.list_models()
     except (UpstreamDown, TimeoutError):
         return []

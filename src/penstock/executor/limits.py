@@ -1,0 +1,297 @@
+"""How much may go to an upstream at a time. Pure: times come in, in seconds of one monotonic
+clock.
+
+`ConcurrencyLimit` finds out how many requests an upstream can use, up to what the settings
+allow. It begins small and doubles while that brings more work done. Then it listens:
+
+- a 429, a 503 or a time-out halves it;
+- an inference engine that tells how many requests wait in its queue is kept so full that a few
+  of them wait, and no fuller, so that others who use it find their turn;
+- without that, a small step up or down is tried now and then, and kept if it brings more work
+  done, or as much with fewer requests: what more of them would do is wait in a queue unseen.
+
+`TokenBucket` holds a rate, of requests or of tokens.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import msgspec
+
+from penstock.upstream.base import EngineLoad
+
+_START_ROUND_S = 0.05
+_ROUND_S = 1.0
+_ENOUGH_GAIN = 1.2
+"""By how much doubling must raise the work done to be worth the next doubling."""
+_STEP_UP = 1.1
+_STEP_DOWN = 0.85
+_STEP_GAIN = 0.4
+"""What part of a step up must be found in the work done."""
+_SAME = 0.97
+"""How much of the best is as good as it."""
+_CROWDED = 0.6
+"""With less of the best than this at the same limit, others use the upstream too."""
+_MOST_HOLDS = 16
+_GUIDED_S = 5.0
+"""For how long a load that the engine told stays true."""
+_FULL_CACHE = 0.95
+_FREE_LOOKS = 4
+
+
+class Limiter(StrEnum):
+    """What the limit is due to."""
+
+    START = "slow_start"  # it has not been higher yet
+    REFUSALS = "refusals"  # 429, 503 or time-outs
+    ENGINE_QUEUE = "engine_queue"  # requests wait in the engine's queue
+    LATENCY = "latency"  # more requests only take longer
+    SETTING = "max_concurrency"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConcurrencyPolicy:
+    """Between what bounds a limit may move."""
+
+    most: int
+    initial: int = 32
+    queue_reserve: int = 4
+    """How many requests may wait in an engine's own queue."""
+
+
+class ConcurrencyLimit:
+    """How many requests may be in flight to one upstream."""
+
+    def __init__(self, policy: ConcurrencyPolicy) -> None:
+        self._policy = policy
+        self.current = min(policy.initial, policy.most)
+        """Requests, at least 1."""
+        self._limiter = Limiter.START
+        self._is_starting = True
+        self._cut_at = float("-inf")
+        self._guided_until = float("-inf")
+        self._free_looks = 0
+        self._begin_round(float("-inf"))
+        # Work done, in output tokens (or requests) per second:
+        self._before: float | None = None  # in the last round, with the limit of that time
+        self._best = 0.0
+        self._base: int | None = None
+        """The limit from which a step is being tried; None between steps."""
+        self._is_next_up = True
+        self._holds = 0
+        self._most_holds = 1
+
+    @property
+    def limiter(self) -> Limiter:
+        return Limiter.SETTING if self.current >= self._policy.most else self._limiter
+
+    def note_success(self, now: float, *, sent_at: float, work: int, in_flight: int) -> None:
+        """Say that a request has succeeded.
+
+        Args:
+            sent_at: When it was sent.
+            work: What it brought, in output tokens; 0 counts as 1.
+            in_flight: How many requests there were, with this one.
+        """
+        if sent_at < self._round_at:
+            return  # it was on its way before the limit changed
+        self._replies += 1
+        self._seconds += now - sent_at
+        self._work += work or 1
+        self._full += in_flight >= self.current
+        if self._replies < max(self.current >> 1, 8):
+            return
+        least_s = _START_ROUND_S if self._is_starting else _ROUND_S
+        if now - self._round_at >= least_s:
+            self._end_round(now)
+
+    def note_refusal(self, now: float, *, sent_at: float) -> None:
+        """Say that the upstream refused a request because it has too many, or did not get to
+        it in time."""
+        if sent_at < self._cut_at:
+            return  # it was on its way before the last cut
+        self._cut_at = now
+        self._set(self.current // 2, Limiter.REFUSALS)
+        self._settle(now)
+
+    def note_load(self, load: EngineLoad, now: float, *, in_flight: int) -> None:
+        """Say what the engine tells of itself."""
+        self._guided_until = now + _GUIDED_S
+        excess = load.waiting - self._policy.queue_reserve
+        if excess > 0:
+            self._free_looks = 0
+            if in_flight <= self.current:  # else the last cut has not taken effect yet
+                self._set(in_flight - excess, Limiter.ENGINE_QUEUE)
+                self._settle(now)
+            return
+        if in_flight < self.current or load.cache_usage >= _FULL_CACHE:
+            return
+        if self._is_starting:
+            self._set(2 * self.current, Limiter.START)
+        elif load.waiting:
+            self._free_looks = 0
+            self._set(self.current - excess, Limiter.ENGINE_QUEUE)
+        else:
+            self._free_looks += 1
+            is_far = self._free_looks > _FREE_LOOKS
+            step = max(-excess, self.current >> 3 if is_far else 1)
+            self._set(self.current + step, Limiter.ENGINE_QUEUE)
+
+    # The rounds in which the limit is judged by the work done
+
+    def _begin_round(self, now: float) -> None:
+        self._round_at = now
+        self._replies = 0
+        self._seconds = 0.0
+        self._work = 0
+        self._full = 0
+
+    def _end_round(self, now: float) -> None:
+        done = self.current * self._work / max(self._seconds, 1e-9)  # Little's law
+        is_full = 2 * self._full >= self._replies
+        self._begin_round(now)
+        if now < self._guided_until or not is_full:
+            self._base = None
+            return
+        if self._is_starting:
+            self._grow(done)
+        elif self._base is None:
+            self._try_step(done)
+        else:
+            self._judge_step(self._base, done)
+
+    def _grow(self, done: float) -> None:
+        if self._before is not None and done < self._before * _ENOUGH_GAIN:
+            self._is_starting = False
+            self._set(self.current // 2, Limiter.LATENCY)
+        elif self.current >= self._policy.most:
+            self._is_starting = False
+        else:
+            self._before = done
+            self._set(2 * self.current, Limiter.START)
+
+    def _try_step(self, done: float) -> None:
+        """At the end of a round without a step: begin one, or wait for a better time."""
+        if done < _CROWDED * self._best:
+            self._best = done
+            self._set(int(self.current * 0.75), Limiter.LATENCY)
+            return
+        self._best = max(self._best * 0.99, done)
+        self._before = done
+        if self._holds:
+            self._holds -= 1
+            return
+        step = _STEP_UP if self._is_next_up else _STEP_DOWN
+        base = self.current
+        if self._is_next_up:
+            self._set(max(int(base * step), base + 1), Limiter.LATENCY)
+        else:
+            self._set(int(base * step), Limiter.LATENCY)
+        self._base = base if self.current != base else None
+        if self._base is None:
+            self._is_next_up = not self._is_next_up
+
+    def _judge_step(self, base: int, done: float) -> None:
+        self._base = None
+        if self.current > base:
+            needed = (self._before or 0.0) * (1 + _STEP_GAIN * (self.current / base - 1))
+        else:
+            needed = _SAME * self._best
+        if done >= needed:
+            self._most_holds = 1
+        else:
+            self.current = base
+            self._is_next_up = not self._is_next_up
+            self._most_holds = min(2 * self._most_holds, _MOST_HOLDS)
+            self._holds = self._most_holds
+
+    def _settle(self, now: float) -> None:
+        """Judge anew from here, after a cut."""
+        self._is_starting = False
+        self._before = None
+        self._best = 0.0
+        self._base = None
+        self._is_next_up = True
+        self._holds = 0
+        self._begin_round(now)
+
+    def _set(self, limit: int, limiter: Limiter) -> None:
+        self.current = max(min(limit, self._policy.most), 1)
+        self._limiter = limiter
+
+
+class TokenBucket:
+    """A rate that is kept over each second, with what one second brings as the largest burst.
+
+    What costs more than there is may go as soon as there is anything: the bucket then owes it.
+    """
+
+    def __init__(self, per_minute: int) -> None:
+        self._per_s = per_minute / 60
+        self._most = max(self._per_s, 1.0)
+        self._level = self._most
+        self._at = float("-inf")
+
+    def take(self, now: float, amount: float) -> None:
+        """Take from it; a negative amount gives back."""
+        self._fill(now)
+        self._level = min(self._level - amount, self._most)
+
+    def ready_at(self, now: float) -> float:
+        """When something may be taken; not after `now` if it may be now."""
+        self._fill(now)
+        return now if self._level >= 1 else now + (1 - self._level) / self._per_s
+
+    def _fill(self, now: float) -> None:
+        if now > self._at:
+            self._level = min(self._level + (now - self._at) * self._per_s, self._most)
+            self._at = now
+
+
+class _Bounds(msgspec.Struct):
+    """What a request says of its answer's length, by each API's name."""
+
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    max_output_tokens: int | None = None
+    n: int | None = None
+
+
+_decode_bounds = msgspec.json.Decoder(_Bounds, strict=False).decode
+_BYTES_A_TOKEN = 4
+_UNKNOWN_OUTPUT = 256
+_MEMORY = 0.05
+
+
+class TokenEstimate:
+    """What a request will cost in tokens, learned from those before it."""
+
+    def __init__(self) -> None:
+        self._output: float | None = None
+        self._input_share: float | None = None
+        """Input tokens for each byte of a body."""
+
+    def cost(self, body: bytes) -> int:
+        """Input and output tokens of a request, about: what earlier ones took, and before
+        there are any, a quarter of its bytes and the longest answer that it allows."""
+        share = self._input_share or 1 / _BYTES_A_TOKEN
+        try:
+            bounds = _decode_bounds(body)
+        except (msgspec.DecodeError, RecursionError):
+            bounds = _Bounds()
+        most = bounds.max_completion_tokens or bounds.max_tokens or bounds.max_output_tokens
+        output = self._output
+        if output is None:
+            output = float(most or _UNKNOWN_OUTPUT) * max(bounds.n or 1, 1)
+        elif most and most > 0:
+            output = min(output, float(most) * max(bounds.n or 1, 1))
+        return max(int(len(body) * share + output), 1)
+
+    def learn(self, body_bytes: int, *, input_tokens: int, output_tokens: int) -> None:
+        """Say what a request took."""
+        self._output = _mean(self._output, output_tokens)
+        self._input_share = _mean(self._input_share, input_tokens / max(body_bytes, 1))
+
+
+def _mean(before: float | None, value: float) -> float:
+    return value if before is None else before + _MEMORY * (value - before)
