@@ -88,19 +88,24 @@ def start_server(
             [
                 *(sys.executable, "-m", "penstock", "serve"),
                 *("--data-dir", str(data_dir), "--port", str(port)),
-                *("--upstream", upstream_url + "/v1", "--api-key", KEY),
+                *("--api-key", KEY),
             ],
             stdout=log,
             stderr=log,
             text=True,
-            env={**os.environ, **(settings or {})},
+            env={
+                **os.environ,
+                "PENSTOCK_UPSTREAMS__0__NAME": "upstream",
+                "PENSTOCK_UPSTREAMS__0__BASE_URL": upstream_url + "/v1",
+                **(settings or {}),
+            },
         )
     os.sched_setaffinity(popen.pid, WORK_CORE)
     process = Process(popen, port)
     deadline = time.monotonic() + _PATIENCE_S
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
-            _get(f"{process.url}/readyz")
+            get(f"{process.url}/readyz")
             return process
         if popen.poll() is not None:
             break
@@ -188,10 +193,10 @@ class Client:
 
 def stats(process: Process) -> dict[str, Any]:
     """What the upstream has seen."""
-    return json.loads(_get(f"{process.url}/stats"))
+    return json.loads(get(f"{process.url}/stats"))
 
 
-def _get(url: str) -> bytes:
+def get(url: str) -> bytes:
     with urllib.request.urlopen(url) as answer:
         return answer.read()
 

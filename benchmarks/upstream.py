@@ -31,6 +31,7 @@ _BODY = json.dumps(
         "usage": {"prompt_tokens": 180, "completion_tokens": 64, "total_tokens": 244},
     }
 ).encode()
+_ROUND_S = 0.1
 _ANSWER = (
     b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
     % len(_BODY)
@@ -47,6 +48,10 @@ class Counts:
         self.max_in_flight = 0
         self.last_at = 0.0
         self.first_at = 0.0
+        self.marks: list[float] = []
+        """When every hundredth request came."""
+        self.round_at = 0.0
+        """When the first request came after a while without any."""
 
     def as_json(self) -> bytes:
         return json.dumps(
@@ -59,6 +64,8 @@ class Counts:
                 "max_in_flight": self.max_in_flight,
                 "first_at": self.first_at,
                 "last_at": self.last_at,
+                "round_at": self.round_at,
+                "marks": self.marks,
             }
         ).encode()
 
@@ -101,8 +108,13 @@ class Upstream(asyncio.Protocol):
             )
             return
         counts = self._counts
+        if not counts.requests % 100:
+            counts.marks.append(time.time())
         counts.requests += 1
-        counts.last_at = time.time()
+        now = time.time()
+        if now - counts.last_at > _ROUND_S:
+            counts.round_at = now
+        counts.last_at = now
         counts.first_at = counts.first_at or counts.last_at
         if match := _LINE.search(request):
             line = int(match[1])

@@ -54,7 +54,7 @@ class ConcurrencyPolicy:
     """Between what bounds a limit may move."""
 
     most: int
-    initial: int = 32
+    initial: int = 128
     queue_reserve: int = 4
     """How many requests may wait in an engine's own queue."""
 
