@@ -4,6 +4,9 @@ It has to be faster than what it measures, so it speaks HTTP/1.1 on an `asyncio.
 httptools rather than through a web framework: one process answers tens of thousands of
 requests a second, pipelined ones in one write.
 
+It can take its time as an inference engine does (`batching`), and then tells of its queue under
+`/metrics` in the words of vLLM or SGLang.
+
 The same request gets the same reply, byte for byte, whatever came before. Chance (`error_rate`,
 `jitter_ms`) is drawn in order of arrival from generators that `seed` starts.
 """
@@ -27,6 +30,8 @@ from typing import Any, cast
 import httptools
 import msgspec
 import uvloop
+
+from penstock.batching import BatchingEngine, EngineOptions
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
 _CREATED = 1_750_000_000  # `created` of all replies: a clock would make them differ
@@ -62,6 +67,12 @@ class SimulatorOptions:
     fail_match: str = ""
     """Requests whose body holds this text, as it is written there, always get
     `error_status`."""
+    token_spread: float = 0
+    """By what part of `tokens` a reply may have fewer or more, from 0 to 1."""
+    engine: EngineOptions | None = None
+    """Answers take as long as they would in this engine, beside `latency_ms`."""
+    metrics: str = "vllm"
+    """In whose words it tells of its engine: `vllm`, `sglang` or `none`."""
     seed: int = 0
     """Starts the chance behind `error_rate` and `jitter_ms`."""
 
@@ -72,9 +83,31 @@ class SimulatorOptions:
             raise ValueError(f"error_status is {self.error_status}; it must be 400 to 599.")
         if self.tokens < 1:
             raise ValueError(f"tokens is {self.tokens}; it must be at least 1.")
+        if not 0 <= self.token_spread <= 1:
+            raise ValueError(f"token_spread is {self.token_spread}; it must be from 0 to 1.")
+        if self.metrics not in _METRICS:
+            names = ", ".join(_METRICS)
+            raise ValueError(f"metrics is {self.metrics}; it must be one of {names}.")
         for name in ("latency_ms", "jitter_ms", "rate_limit"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative.")
+
+
+_METRICS = {
+    "vllm": (
+        "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{{{0}}} {1}\n"
+        "# TYPE vllm:num_requests_waiting gauge\nvllm:num_requests_waiting{{{0}}} {2}\n"
+        "# TYPE vllm:kv_cache_usage_perc gauge\nvllm:kv_cache_usage_perc{{{0}}} {3}\n"
+    ),
+    "sglang": (
+        "# TYPE sglang:num_running_reqs gauge\nsglang:num_running_reqs{{{0}}} {1}\n"
+        "# TYPE sglang:num_queue_reqs gauge\nsglang:num_queue_reqs{{{0}}} {2}\n"
+        "# TYPE sglang:token_usage gauge\nsglang:token_usage{{{0}}} {3}\n"
+    ),
+    "none": "",
+}
+_FULL_CACHE = 0.9
+"""How much of its cache the engine uses when all slots are taken."""
 
 
 async def serve_simulator(
@@ -166,6 +199,10 @@ class _Simulator:
         self._fail_match = options.fail_match.encode()
         self._error_chance = Random(f"error {options.seed}")
         self._jitter_chance = Random(f"jitter {options.seed}")
+        self._engine: BatchingEngine[tuple[_Connection, _Waiting]] | None = None
+        if options.engine is not None:
+            self._engine = BatchingEngine(options.engine, now=time.monotonic())
+        self._engine_timer: asyncio.TimerHandle | None = None
         self._second = 0
         self._taken_in_second = 0
 
@@ -205,6 +242,49 @@ class _Simulator:
             return 200, _encode({"object": "list", "data": models})
         return None
 
+    def metrics(self) -> bytes | None:
+        """What the engine tells of itself; None if it tells nothing."""
+        engine, template = self._engine, _METRICS[self.options.metrics]
+        if engine is None or not template:
+            return None
+        label = f'model_name="{self.options.models[0]}"'
+        usage = _FULL_CACHE * engine.running / engine.slots
+        return template.format(label, engine.running, engine.waiting, usage).encode()
+
+    def run(self, connection: "_Connection", waiting: _Waiting, body: bytes) -> None:
+        """Let the reply to a request wait for the engine."""
+        assert self._engine is not None  # noqa: S101
+        ended = self._engine.add(
+            (connection, waiting),
+            prompt_tokens=len(body) // 4,
+            output_tokens=_count_reply(body, self.options),
+            now=time.monotonic(),
+        )
+        self._end(ended)
+
+    def stop(self, connection: "_Connection") -> None:
+        """Forget the replies of a connection that is gone."""
+        if self._engine is not None:
+            now = time.monotonic()
+            self._end(self._engine.remove(lambda each: each[0] is connection, now=now))
+
+    def _end(self, ended: "Iterable[tuple[_Connection, _Waiting]]") -> None:
+        for connection, waiting in ended:
+            connection.fall_due(waiting)
+        assert self._engine is not None  # noqa: S101
+        if self._engine_timer is not None:
+            self._engine_timer.cancel()
+            self._engine_timer = None
+        at = self._engine.next_end_at()
+        if at is not None:
+            loop = asyncio.get_running_loop()
+            wait_s = max(at - time.monotonic(), 0.0)
+            self._engine_timer = loop.call_later(wait_s, self._look)
+
+    def _look(self) -> None:
+        assert self._engine is not None  # noqa: S101
+        self._end(self._engine.advance(time.monotonic()))
+
     def _is_over_rate(self) -> bool:
         second = int(time.monotonic())
         if second != self._second:
@@ -219,6 +299,7 @@ class _Connection(asyncio.Protocol):
     def __init__(self, simulator: _Simulator) -> None:
         self._simulator = simulator
         self._stats = simulator.stats
+        self._has_engine = simulator.options.engine is not None
         self._is_slow = simulator.options.latency_ms > 0 or simulator.options.jitter_ms > 0
         self._parser = httptools.HttpRequestParser(self)
         self._url = b""
@@ -239,6 +320,8 @@ class _Connection(asyncio.Protocol):
         for waiting in self._waiting:
             if waiting.timer is not None:
                 waiting.timer.cancel()
+        if self._waiting and self._has_engine:
+            self._simulator.stop(self)
         self._waiting.clear()
 
     def drop(self) -> None:
@@ -295,7 +378,11 @@ class _Connection(asyncio.Protocol):
         if stats.in_flight > stats.max_in_flight:  # noqa: PLR1730 - half the cost of max()
             stats.max_in_flight = stats.in_flight
         status, reply = self._simulator.answer(write, body)
-        if (self._is_slow and status != 429) or self._waiting:
+        if self._has_engine and status == 200:
+            waiting = _Waiting(status, reply, keep_alive)
+            self._waiting.append(waiting)
+            self._simulator.run(self, waiting, body)
+        elif (self._is_slow and status != 429) or self._waiting:
             self._send_later(_Waiting(status, reply, keep_alive))
         else:
             self._count(status)
@@ -303,6 +390,8 @@ class _Connection(asyncio.Protocol):
 
     def _answer_other(self, url: bytes) -> tuple[int, bytes]:
         path = url.partition(b"?")[0].decode("latin-1")
+        if path == "/metrics" and (metrics := self._simulator.metrics()) is not None:
+            return 200, metrics
         method = self._parser.get_method().decode("latin-1")
         page = self._simulator.page(path)
         if page is not None:
@@ -314,9 +403,10 @@ class _Connection(asyncio.Protocol):
     def _send_later(self, waiting: _Waiting) -> None:
         self._waiting.append(waiting)
         delay_s = self._simulator.delay_s()
-        waiting.timer = self._loop.call_later(delay_s, self._fall_due, waiting)
+        waiting.timer = self._loop.call_later(delay_s, self.fall_due, waiting)
 
-    def _fall_due(self, waiting: _Waiting) -> None:
+    def fall_due(self, waiting: _Waiting) -> None:
+        """Send a reply, once those before it were sent."""
         waiting.is_due = True
         while self._waiting and self._waiting[0].is_due:
             first = self._waiting.popleft()
@@ -339,7 +429,10 @@ class _Connection(asyncio.Protocol):
             self._send(*answer, keep_alive=False)
 
     def _send(self, status: int, body: bytes, keep_alive: bool) -> None:
-        head = _HEADS[status] if keep_alive else _LAST_HEADS[status]
+        if body.startswith(b"data: "):
+            head = _STREAM_HEAD if keep_alive else _LAST_STREAM_HEAD
+        else:
+            head = _HEADS[status] if keep_alive else _LAST_HEADS[status]
         self._out.append(head % (len(body), zlib.crc32(body)))
         self._out.append(body)
 
@@ -356,7 +449,7 @@ _STATUSES = (200, *range(400, 600))
 _NAMES = {status: str(status) for status in _STATUSES}
 
 
-def _head(status: int, connection: str) -> bytes:
+def _head(status: int, connection: str, media_type: str = "application/json") -> bytes:
     try:
         phrase = HTTPStatus(status).phrase
     except ValueError:
@@ -364,13 +457,15 @@ def _head(status: int, connection: str) -> bytes:
     retry_after = "Retry-After: 1\r\n" if status == 429 else ""
     return (
         f"HTTP/1.1 {status} {phrase}\r\nServer: penstock-simulator\r\n{retry_after}"
-        f"Content-Type: application/json\r\nConnection: {connection}\r\n"
+        f"Content-Type: {media_type}\r\nConnection: {connection}\r\n"
         "Content-Length: %d\r\nX-Request-Id: req_%08x\r\n\r\n"
     ).encode()
 
 
 _HEADS = {status: _head(status, "keep-alive") for status in _STATUSES}
 _LAST_HEADS = {status: _head(status, "close") for status in _STATUSES}
+_STREAM_HEAD = _head(200, "keep-alive", "text/event-stream")
+_LAST_STREAM_HEAD = _head(200, "close", "text/event-stream")
 
 _encode = msgspec.json.Encoder().encode
 
@@ -400,11 +495,13 @@ _Texts = str | list[str | int | list[int]]
 class _Chat(msgspec.Struct):
     model: str
     messages: list[_Message]
+    stream: bool | None = None
 
 
 class _Completion(msgspec.Struct):
     model: str
     prompt: _Texts
+    stream: bool | None = None
 
 
 class _Response(msgspec.Struct):
@@ -483,6 +580,14 @@ def _last_user_text(messages: list[_Message]) -> str:
     return ""
 
 
+def _count_reply(body: bytes, options: SimulatorOptions) -> int:
+    """How many tokens the reply to a request has: the same number for the same request."""
+    if not options.token_spread:
+        return options.tokens
+    part = (zlib.crc32(body) % 2001 - 1000) / 1000
+    return max(round(options.tokens * (1 + part * options.token_spread)), 1)
+
+
 def _count_tokens(texts: Iterable[str]) -> int:
     # Four characters to a token, as a rule of thumb for English goes.
     return sum(map(len, texts)) // 4 + 1
@@ -508,33 +613,60 @@ _CHAT_REPLY = (
 
 def _write_chat(body: bytes, options: SimulatorOptions) -> bytes:
     request = _chat_decode(body)
+    tokens = _count_reply(body, options)
     prompt_tokens = _count_tokens([_text(message.content) for message in request.messages])
-    text = _write_words(_last_user_text(request.messages), options.tokens)
-    return _CHAT_REPLY % (
+    text = _write_words(_last_user_text(request.messages), tokens)
+    reply = _CHAT_REPLY % (
         zlib.crc32(body),
         _encode(request.model),
         _encode(text),
         prompt_tokens,
-        options.tokens,
-        prompt_tokens + options.tokens,
+        tokens,
+        prompt_tokens + tokens,
     )
+    return _stream(reply) if request.stream else reply
+
+
+def _stream(reply: bytes) -> bytes:
+    """A chat or text completion as a stream of events, one for each word, with its usage."""
+    whole = msgspec.json.decode(reply)
+    usage, choices = whole.pop("usage"), whole.pop("choices")
+    is_chat = whole["object"] == "chat.completion"
+    head = {**whole, "object": "chat.completion.chunk"} if is_chat else whole
+    events: list[dict[str, Any]] = []
+    for choice in choices:
+        text = choice["message"]["content"] if is_chat else choice["text"]
+        words = text.split(" ")
+        for number, word in enumerate(words):
+            piece = word if number == len(words) - 1 else f"{word} "
+            said = (
+                {"delta": {"role": "assistant", "content": piece}}
+                if is_chat
+                else {"text": piece}
+            )
+            reason = choice["finish_reason"] if number == len(words) - 1 else None
+            one = {"index": choice["index"], **said, "logprobs": None, "finish_reason": reason}
+            events.append({**head, "choices": [one]})
+    events.append({**head, "choices": [], "usage": usage})
+    return b"".join(b"data: %b\n\n" % _encode(event) for event in events) + b"data: [DONE]\n\n"
 
 
 def _write_completion(body: bytes, options: SimulatorOptions) -> bytes:
     request = _completion_decode(body)
+    tokens = _count_reply(body, options)
     prompts = _texts(request.prompt)
     prompt_tokens = _count_tokens(prompts)
-    completion_tokens = options.tokens * len(prompts)
+    completion_tokens = tokens * len(prompts)
     choices = [
         {
             "index": index,
-            "text": _write_words(prompt, options.tokens),
+            "text": _write_words(prompt, tokens),
             "logprobs": None,
             "finish_reason": "stop",
         }
         for index, prompt in enumerate(prompts)
     ]
-    return _encode(
+    reply = _encode(
         {
             "id": f"cmpl-{zlib.crc32(body):08x}",
             "object": "text_completion",
@@ -548,14 +680,16 @@ def _write_completion(body: bytes, options: SimulatorOptions) -> bytes:
             },
         }
     )
+    return _stream(reply) if request.stream else reply
 
 
 def _write_response(body: bytes, options: SimulatorOptions) -> bytes:
     request = _response_decode(body)
+    tokens = _count_reply(body, options)
     prompt = request.input if isinstance(request.input, str) else _last_user_text(request.input)
     number = zlib.crc32(body)
-    input_tokens, output_tokens = _count_tokens([prompt]), options.tokens
-    text = _write_words(prompt, options.tokens)
+    input_tokens, output_tokens = _count_tokens([prompt]), tokens
+    text = _write_words(prompt, tokens)
     message: dict[str, Any] = {
         "id": f"msg_{number:08x}",
         "type": "message",
@@ -593,8 +727,9 @@ def _write_response(body: bytes, options: SimulatorOptions) -> bytes:
 
 def _write_message(body: bytes, options: SimulatorOptions) -> bytes:
     request = _chat_decode(body)
+    tokens = _count_reply(body, options)
     input_tokens = _count_tokens([_text(message.content) for message in request.messages])
-    text = _write_words(_last_user_text(request.messages), options.tokens)
+    text = _write_words(_last_user_text(request.messages), tokens)
     return _encode(
         {
             "id": f"msg_{zlib.crc32(body):08x}",
@@ -604,7 +739,7 @@ def _write_message(body: bytes, options: SimulatorOptions) -> bytes:
             "content": [{"type": "text", "text": text}],
             "stop_reason": "end_turn",
             "stop_sequence": None,
-            "usage": {"input_tokens": input_tokens, "output_tokens": options.tokens},
+            "usage": {"input_tokens": input_tokens, "output_tokens": tokens},
         }
     )
 

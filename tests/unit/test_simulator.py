@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import pytest
 
+from penstock.batching import EngineOptions
 from penstock.model import ENDPOINTS
 from penstock.simulator import MAX_BODY_BYTES, SimulatorOptions, serve_simulator
 from penstock.upstream.openai_http import OpenAIHttpUpstream
@@ -564,3 +565,99 @@ async def test_an_address_that_is_taken_is_an_error_of_the_system() -> None:
     async with simulate() as port:
         with pytest.raises(OSError):
             await serve_simulator(SimulatorOptions(), port=port)
+
+
+class TestStream:
+    @pytest.mark.parametrize(
+        ("endpoint", "body"),
+        [
+            ("/v1/chat/completions", CHAT),
+            ("/v1/completions", {"model": "m", "prompt": ["Tell me more.", "And less."]}),
+        ],
+    )
+    async def test_a_stream_says_the_same(self, endpoint: str, body: dict[str, Any]) -> None:
+        replies: list[Any] = []
+        async with simulate(tokens=7) as port:
+            for streams in (False, True):
+                upstream = OpenAIHttpUpstream(
+                    name="s",
+                    base_url=f"http://127.0.0.1:{port}/v1",
+                    api_key=None,
+                    max_concurrency=1,
+                    request_timeout_s=5,
+                    streams=streams,
+                )
+                reply = await upstream.send(endpoint, json.dumps(body).encode())
+                await upstream.close()
+                found = json.loads(reply.body)
+                del found["id"]  # made of the request's bytes
+                for choice in found["choices"]:
+                    choice.get("message", {}).pop("refusal", None)
+                replies.append(found)
+
+        assert replies[0] == replies[1]
+
+
+class TestEngine:
+    def test_options_that_make_no_sense_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="metrics is x; it must be one of vllm, sglang"):
+            SimulatorOptions(metrics="x")
+        with pytest.raises(ValueError, match="token_spread is 2; it must be from 0 to 1"):
+            SimulatorOptions(token_spread=2)
+
+    async def test_replies_take_their_turn_and_the_queue_is_told(self) -> None:
+        options = EngineOptions(slots=2, step_ms=10, step_ms_per_request=0)
+        async with simulate(tokens=10, engine=options) as port:
+            loop = asyncio.get_running_loop()
+
+            async def ask(name: str) -> float:
+                async with Client(port) as client:
+                    await client.post("/v1/completions", {"model": "m", "prompt": name})
+                return loop.time()
+
+            begins = loop.time()
+            asking = [asyncio.create_task(ask(str(n))) for n in range(5)]
+            await asyncio.sleep(0.05)
+            async with Client(port) as client:
+                text = (await client.get("/metrics")).body.decode()
+            ends = sorted([await each - begins for each in asking])
+
+        assert 'vllm:num_requests_running{model_name="simulated"} 2\n' in text
+        assert 'vllm:num_requests_waiting{model_name="simulated"} 3\n' in text
+        assert ends[0] >= 0.1
+        assert ends[-1] >= 0.3
+
+    async def test_a_client_that_goes_frees_its_slot(self) -> None:
+        options = EngineOptions(slots=1, step_ms=10, step_ms_per_request=0)
+        async with simulate(tokens=1000, engine=options) as port:
+            async with Client(port) as client:
+                client.write("/v1/completions", {"model": "m", "prompt": "x"})
+                await asyncio.sleep(0.05)
+            async with Client(port) as client:
+                await asyncio.sleep(0.05)
+                text = (await client.get("/metrics")).body.decode()
+
+        assert 'vllm:num_requests_running{model_name="simulated"} 0\n' in text
+
+    @pytest.mark.parametrize("metrics", ["none", "sglang"])
+    async def test_the_words_are_chosen(self, metrics: str) -> None:
+        options = EngineOptions(slots=1)
+        async with simulate(engine=options, metrics=metrics) as port, Client(port) as client:
+            answer = await client.get("/metrics")
+
+        if metrics == "none":
+            assert answer.status == 404
+        else:
+            assert b"sglang:num_queue_reqs{" in answer.body
+
+    async def test_lengths_vary_and_usage_tells(self) -> None:
+        async with simulate(tokens=100, token_spread=0.5) as port, Client(port) as client:
+            counts = [
+                (await client.post("/v1/completions", {"model": "m", "prompt": f"p{n}"})).json[
+                    "usage"
+                ]["completion_tokens"]
+                for n in range(50)
+            ]
+
+        assert 50 <= min(counts) < 75
+        assert 125 < max(counts) <= 150

@@ -190,6 +190,26 @@ def simulate(
     tokens: Annotated[
         int, typer.Option(metavar="N", help="How many tokens a written reply has.")
     ] = 16,
+    token_spread: Annotated[
+        float, typer.Option(metavar="R", help="By what part it has fewer or more, 0 to 1.")
+    ] = 0,
+    engine_slots: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Take the time of an engine that batches N requests; 0: no engine.",
+        ),
+    ] = 0,
+    step_ms: Annotated[
+        float, typer.Option(metavar="MS", help="How long a step of that engine takes.")
+    ] = 20,
+    step_ms_per_request: Annotated[
+        float, typer.Option(metavar="MS", help="How much longer for each request in it.")
+    ] = 0.05,
+    metrics: Annotated[
+        str, typer.Option(metavar="NAME", help="Whose metrics it shows: vllm, sglang or none.")
+    ] = "vllm",
     seed: Annotated[int, typer.Option(metavar="N", help="Starts the chance.")] = 0,
     fail_match: Annotated[
         str, typer.Option(metavar="TEXT", help="Requests that hold this text always fail.")
@@ -199,9 +219,17 @@ def simulate(
 
     It speaks the OpenAI API, for trials, demos and load.
     """
+    from penstock.batching import EngineOptions
     from penstock.simulator import SimulatorOptions, run_simulator
 
     try:
+        engine = (
+            EngineOptions(
+                slots=engine_slots, step_ms=step_ms, step_ms_per_request=step_ms_per_request
+            )
+            if engine_slots
+            else None
+        )
         options = SimulatorOptions(
             latency_ms=latency_ms,
             jitter_ms=jitter_ms,
@@ -210,6 +238,9 @@ def simulate(
             rate_limit=rate_limit,
             models=tuple(model or ["simulated"]),
             tokens=tokens,
+            token_spread=token_spread,
+            engine=engine,
+            metrics=metrics,
             seed=seed,
             fail_match=fail_match,
         )
