@@ -131,6 +131,23 @@ def drip(body: object = None, *, pieces: int = 10, pause_s: float = 0.01) -> Act
     return Action(pieces=(_CHUNKED_HEAD, *chunks, b"0\r\n\r\n"), pause_s=pause_s)
 
 
+def events(*data: object, done: bool = True, pause_s: float = 0.0) -> Action:
+    """A stream of server-sent events, each in a chunk of its own."""
+    parts = [b"data: " + json.dumps(each).encode() + b"\n\n" for each in data]
+    if done:
+        parts.append(b"data: [DONE]\n\n")
+    chunks = [b"%x\r\n%b\r\n" % (len(part), part) for part in parts]
+    head = _CHUNKED_HEAD.replace(b"application/json", b"text/event-stream")
+    return Action(pieces=(head, *chunks, b"0\r\n\r\n"), pause_s=pause_s)
+
+
+def chat_chunk(text: str, *, usage: object = None) -> dict[str, Any]:
+    """A piece of a chat completion."""
+    choices = [{"index": 0, "delta": {"role": "assistant", "content": text}}]
+    head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+    return {**head, "choices": choices, "usage": usage}
+
+
 def chunked(*parts: bytes) -> Action:
     """A whole answer in chunks, without a Content-Length."""
     chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)

@@ -411,6 +411,9 @@ def _make_upstream(upstream: Upstream) -> OpenAIHttpUpstream:
         max_concurrency=upstream.max_concurrency,
         request_timeout_s=upstream.request_timeout_s,
         connect_timeout_s=upstream.connect_timeout_s,
+        first_byte_timeout_s=upstream.first_byte_timeout_s,
+        silence_timeout_s=upstream.silence_timeout_s,
+        streams=upstream.stream,
     )
 
 

@@ -279,7 +279,7 @@ class Upstream(Table):
     weight: Whole = _whole(1, "Its share of the lines beside others of its group.")
     max_concurrency: Whole = _whole(256, "The most lines in flight at the same time.")
     initial_concurrency: Whole = _whole(
-        32,
+        128,
         "How many lines are in flight at first; more follow while that brings more work done.",
     )
     queue_reserve: Whole = _whole(
@@ -299,6 +299,20 @@ class Upstream(Table):
     )
     connect_timeout_s: Number = _positive(
         10, "How long a connection may take to open, in seconds."
+    )
+    first_byte_timeout_s: Number = _not_negative(
+        0, "How long an answer may take to begin, in seconds; 0: as long as all of it."
+    )
+    silence_timeout_s: Number = _not_negative(
+        0,
+        "How long nothing may come of an answer that has begun, in seconds; 0: as long as all "
+        "of it.",
+    )
+    stream: bool = _setting(
+        "Whether answers are asked for piece by piece and put together here, so that no proxy "
+        "cuts off a long one.",
+        "true or false",
+        default=False,
     )
     max_attempts: Whole = _whole(5, "How often a line is tried before it fails.")
 

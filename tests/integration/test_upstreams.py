@@ -18,8 +18,10 @@ from tests.upstreams import (
     Action,
     ScriptedUpstream,
     answer,
+    chat_chunk,
     chat_completion,
     cut,
+    events,
     fail,
 )
 
@@ -238,3 +240,21 @@ async def test_metrics_tell_what_was_done(data_dir: Path, upstream: ScriptedUpst
         "penstock_slices_held 0.0",
     ):
         assert f"{sample}\n" in text
+
+
+async def test_a_streamed_answer_stands_in_the_output_as_any_other(
+    data_dir: Path, upstream: ScriptedUpstream
+) -> None:
+    usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    whole = events(chat_chunk("Hel"), chat_chunk("lo.", usage=usage), pause_s=0.01)
+    half = events(chat_chunk("Hel"), done=False)
+    upstream.behave = lambda _path, _headers, _body, nth: half if nth == 1 else whole
+    async with Bench(data_dir, upstream, upstream={"stream": True}) as bench:
+        batch = await bench.create("a", "b")
+        ended = await bench.wait_until_ended(batch)
+        output, errors = await bench.results(batch)
+
+    assert errors == []
+    assert ended.usage.total_tokens == 10
+    for each in output:
+        assert each["response"]["body"]["choices"][0]["message"]["content"] == "Hello."

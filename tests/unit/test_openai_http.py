@@ -26,6 +26,7 @@ from tests.upstreams import (
     Then,
     answer,
     be_good,
+    chat_chunk,
     chat_completion,
     chunked,
     cut,
@@ -35,6 +36,7 @@ from tests.upstreams import (
     cut_in_headers,
     drip,
     empty,
+    events,
     hold,
     html,
     raw,
@@ -675,3 +677,113 @@ class TestSettings:
         upstream = connect("http://127.0.0.1:9", max_concurrency=3)
 
         assert (upstream.name, upstream.max_concurrency) == ("local", 3)
+
+
+class TestTimes:
+    """Each time-out of its own, well below the one of the whole call."""
+
+    async def test_an_answer_must_begin_in_time(self) -> None:
+        reply = await send_to(stall(), first_byte_timeout_s=0.1, request_timeout_s=1)
+
+        assert reply.failure is Failure.TIMEOUT
+        assert reply.message == "No answer began within 0.1 s."
+
+    async def test_an_answer_must_not_fall_silent(self) -> None:
+        reply = await send_to(stall_in_body(), silence_timeout_s=0.1)
+
+        assert reply.failure is Failure.TIMEOUT
+        assert reply.message == "Nothing more of the answer came within 0.1 s."
+
+    async def test_an_answer_that_comes_slowly_is_neither_late_nor_silent(self) -> None:
+        slow = drip(pieces=20, pause_s=0.03)
+        reply = await send_to(slow, first_byte_timeout_s=0.3, silence_timeout_s=0.3)
+
+        assert reply.is_success
+
+    async def test_a_connection_is_good_for_another_request_after_a_silence(self) -> None:
+        async with ScriptedUpstream() as server:
+            upstream = connect(server.base_url, silence_timeout_s=0.1)
+            for _ in range(3):
+                assert (await upstream.send(CHAT, REQUEST)).is_success
+                await asyncio.sleep(0.2)
+            server.behave = lambda *_: drip(pieces=3, pause_s=0.01)
+            assert (await upstream.send(CHAT, REQUEST)).is_success
+            await upstream.close()
+
+
+class TestStream:
+    async def test_a_stream_gives_the_reply_that_it_would_have_been(self) -> None:
+        usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+        action = events(chat_chunk("Hel"), chat_chunk("lo.", usage=usage), pause_s=0.01)
+        async with ScriptedUpstream(lambda *_: action) as server:
+            upstream = connect(server.base_url, streams=True)
+            reply = await upstream.send(CHAT, REQUEST)
+            await upstream.close()
+
+        sent = server.requests[0].json
+        assert sent["stream"] is True
+        assert sent["stream_options"] == {"include_usage": True}
+        assert reply.is_success
+        assert (reply.input_tokens, reply.output_tokens) == (3, 2)
+        body = json.loads(reply.body)
+        assert body["object"] == "chat.completion"
+        assert body["choices"][0]["message"]["content"] == "Hello."
+
+    async def test_what_cannot_stream_is_not_asked_to(self) -> None:
+        async with ScriptedUpstream() as server:
+            upstream = connect(server.base_url, streams=True)
+            await upstream.send("/v1/embeddings", b'{"model":"m","input":"x"}')
+            await upstream.close()
+
+        assert server.bodies == [b'{"model":"m","input":"x"}']
+
+    async def test_an_upstream_may_answer_at_once_all_the_same(self) -> None:
+        assert (await send_to(answer(chat_completion("x")), streams=True)).is_success
+
+    async def test_an_http_error_is_what_it_is(self) -> None:
+        reply = await send_to(answer({"error": {"message": "no"}}, status=429), streams=True)
+
+        assert reply.status_code == 429
+
+    async def test_an_error_in_the_stream_is_one(self) -> None:
+        error = {"error": {"message": "Too many.", "code": 429}}
+        reply = await send_to(events(chat_chunk("x"), error), streams=True)
+
+        assert reply.status_code == 429
+        assert json.loads(reply.body) == error
+
+    async def test_half_a_stream_is_no_reply(self) -> None:
+        reply = await send_to(events(chat_chunk("x"), done=False), streams=True)
+
+        assert reply.failure is Failure.DISCONNECTED
+
+    async def test_a_stream_that_cannot_be_read_is_told(self) -> None:
+        reply = await send_to(events([1]), streams=True)
+
+        assert reply.failure is Failure.INVALID
+        assert "an event is not a JSON object" in reply.message
+
+    async def test_a_stream_that_is_too_long_is_refused(self) -> None:
+        action = events(*(chat_chunk("x" * 1000) for _ in range(20)))
+        reply = await send_to(action, streams=True, max_reply_bytes=5000)
+
+        assert reply.failure is Failure.INVALID
+        assert "longer than 5000 bytes" in reply.message
+
+
+class TestLoad:
+    async def test_it_is_read_beside_the_api(self) -> None:
+        async with ScriptedUpstream() as server:
+            upstream = connect(server.base_url)
+            assert await upstream.read_load() is None
+            server.metrics = b"vllm:num_requests_waiting 3\n"
+            load = await upstream.read_load()
+            await upstream.close()
+
+        assert load is not None
+        assert load.waiting == 3
+
+    async def test_an_upstream_that_is_away_tells_nothing(self, free_port: int) -> None:
+        upstream = connect(f"http://127.0.0.1:{free_port}/v1")
+        assert await upstream.read_load() is None
+        await upstream.close()

@@ -18,8 +18,10 @@ from penstock.upstream.transport import (
     TransportFailed,
     TransportOptions,
     cut_off,
+    gone_silent,
     no_answer,
     no_connection,
+    no_first_byte,
 )
 
 _MAX_HEAD_BYTES = 64 << 10
@@ -28,6 +30,7 @@ _JOINED_BYTES = 64 << 10
 _LOOKS: Final = 20
 """How many looks at the time there are within a timeout, so how exact it is."""
 _MAX_LOOK_S = 0.5
+_NEVER: Final = float("inf")
 # uvicorn, and so vLLM, closes a connection that is idle for 5 s. One that is taken from the
 # pool at that moment would be cut under a request.
 _MAX_IDLE_S = 4.0
@@ -47,7 +50,11 @@ class Http1Transport:
         self._connect_timeout_s = min(options.connect_timeout_s, options.timeout_s)
         self.max_body_bytes = options.max_body_bytes
         self._max_idle = options.max_idle
-        self._look_s = min(options.timeout_s / _LOOKS, _MAX_LOOK_S)
+        self._first_byte_s = options.first_byte_timeout_s
+        self.silence_s = options.silence_timeout_s
+        """How long nothing may come of an answer that has begun; 0 sets no limit."""
+        shortest_s = min(filter(None, (options.timeout_s, self._first_byte_s, self.silence_s)))
+        self._look_s = min(shortest_s / _LOOKS, _MAX_LOOK_S)
         name = f"[{host}]" if ":" in host else host
         lines = {"Host": name if port == 80 else f"{name}:{port}", **options.headers}
         text = "".join(f"{key}: {value}\r\n" for key, value in lines.items())
@@ -89,6 +96,7 @@ class Http1Transport:
         self._busy.add(connection)
         if self._look is None:
             self._look = loop.call_later(self._look_s, self._look_at_times, loop)
+        connection.quiet_until = now + self._first_byte_s if self._first_byte_s else _NEVER
         answer = connection.send(loop, head, body, deadline)
         try:
             return await answer
@@ -139,6 +147,12 @@ class Http1Transport:
         now = loop.time()
         for connection in [each for each in self._busy if each.deadline <= now]:
             connection.fail(no_answer(self._timeout_s))
+        for connection in [each for each in self._busy if each.quiet_until <= now]:
+            connection.fail(
+                gone_silent(self.silence_s)
+                if connection.has_begun
+                else no_first_byte(self._first_byte_s)
+            )
         for connection, since in list(self._idle.items()):
             if now - since <= _MAX_IDLE_S:
                 break
@@ -166,6 +180,7 @@ class Connection(asyncio.Protocol):
         "_transport",
         "_waiter",
         "deadline",
+        "quiet_until",
     )
 
     def __init__(self, pool: Http1Transport) -> None:
@@ -174,7 +189,9 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._waiter: asyncio.Future[Answer] | None = None
         self._is_over = False
-        self.deadline = float("inf")
+        self.deadline = _NEVER
+        self.quiet_until = _NEVER
+        """When to give up if nothing comes until then."""
         self._reset()
 
     def _reset(self) -> None:
@@ -186,6 +203,11 @@ class Connection(asyncio.Protocol):
         self._is_whole = False
 
     # The pool's side
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything of the present answer has come."""
+        return self._read_bytes > 0
 
     def send(
         self, loop: asyncio.AbstractEventLoop, head: bytes, body: bytes, deadline: float
@@ -228,6 +250,10 @@ class Connection(asyncio.Protocol):
             self._pool.forget(self)
             return
         self._read_bytes += len(data)
+        if silence_s := self._pool.silence_s:
+            self.quiet_until = asyncio.get_running_loop().time() + silence_s
+        else:
+            self.quiet_until = _NEVER
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:

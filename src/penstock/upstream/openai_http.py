@@ -24,11 +24,19 @@ from penstock.upstream.base import EngineLoad, Failure, Reply
 from penstock.upstream.engine_load import parse_load
 from penstock.upstream.http1 import Http1Transport
 from penstock.upstream.reqwest import ReqwestTransport
+from penstock.upstream.streaming import (
+    BadStream,
+    CutStream,
+    ask_for_stream,
+    assemble,
+    can_stream,
+)
 from penstock.upstream.transport import Answer, Transport, TransportFailed, TransportOptions
 
 MAX_RETRY_AFTER_S = 24 * 60 * 60
 """A longer wait than this is taken for a mistake of the upstream."""
 
+_EVENT_STREAM = "text/event-stream"
 _QUOTE_CHARACTERS = 200
 _MAX_TOKENS = 2**48  # more than this in one reply is no count
 
@@ -51,6 +59,10 @@ class OpenAIHttpUpstream:
         max_concurrency: How many requests it takes at the same time. The caller keeps to it.
         request_timeout_s: How long a call may take, from connecting to the answer's last byte.
         connect_timeout_s: How long connecting may take of that.
+        first_byte_timeout_s: How long an answer may take to begin; 0 sets no limit.
+        silence_timeout_s: How long nothing may come of it then; 0 sets no limit.
+        streams: Whether answers are asked for piece by piece, where the endpoint can do that;
+            a reply is the same as without.
         max_reply_bytes: The longest body that is accepted.
         make_transport: Makes what its requests go through.
 
@@ -67,12 +79,16 @@ class OpenAIHttpUpstream:
         max_concurrency: int,
         request_timeout_s: float,
         connect_timeout_s: float = 10.0,
+        first_byte_timeout_s: float = 0.0,
+        silence_timeout_s: float = 0.0,
+        streams: bool = False,
         max_reply_bytes: int = 64 * 1024 * 1024,
         make_transport: MakeTransport | None = None,
     ) -> None:
         self.name = name
         self.max_concurrency = max_concurrency
         self._max_reply_bytes = max_reply_bytes
+        self._streams = streams
         self._key = api_key.encode() if api_key else None
         base = _parse_base_url(name, base_url)
         self._base_path = base.path.rstrip("/")
@@ -95,6 +111,8 @@ class OpenAIHttpUpstream:
                 headers=headers,
                 timeout_s=request_timeout_s,
                 connect_timeout_s=connect_timeout_s,
+                first_byte_timeout_s=first_byte_timeout_s,
+                silence_timeout_s=silence_timeout_s,
                 max_body_bytes=max_reply_bytes,
                 max_idle=max_concurrency,
             ),
@@ -102,10 +120,15 @@ class OpenAIHttpUpstream:
 
     async def send(self, endpoint: str, body: bytes) -> Reply:
         path = self._paths.get(endpoint) or self._path(endpoint)
+        is_streamed = self._streams and can_stream(endpoint)
+        if is_streamed:
+            body = ask_for_stream(endpoint, body)
         try:
             answer = await self._transport.post(path, body)
         except TransportFailed as error:
             return Reply(failure=error.failure, message=error.message)
+        if is_streamed and answer.status < 300 and not answer.is_too_long:
+            return self._read_stream(endpoint, answer)
         return self._read(answer)
 
     async def list_models(self) -> list[str]:
@@ -172,6 +195,24 @@ class OpenAIHttpUpstream:
             reasoning_tokens=outputs.reasoning_tokens,
             total_tokens=usage.total_tokens or usage.input_tokens + usage.output_tokens,
         )
+
+    def _read_stream(self, endpoint: str, answer: Answer) -> Reply:
+        """Read an answer that was asked for piece by piece, though it may have come at once."""
+        if not (answer.content_type or "").startswith(_EVENT_STREAM):
+            return self._read(answer)
+        try:
+            answer.status, answer.body = assemble(endpoint, answer.body)
+        except CutStream:
+            message = "The stream of the answer ended before it was whole."
+            return Reply(failure=Failure.DISCONNECTED, message=message)
+        except BadStream as error:
+            return Reply(
+                status_code=answer.status,
+                request_id=answer.request_id,
+                failure=Failure.INVALID,
+                message=f"The stream of the answer cannot be read: {error}.",
+            )
+        return self._read(answer)
 
     def _too_long(self, answer: Answer) -> Reply:
         return Reply(

@@ -5,6 +5,8 @@ Facts about pyreqwest 0.15 that shape this module, each held by a test:
 - its `ConnectError` and `ConnectTimeoutError` also stand for a connection that was cut, or an
   answer that did not come, after the request had left; only their causes tell which it was;
 - `get_header` raises `ValueError` for a value that is not ASCII;
+- it cannot tell connecting from waiting for the answer to begin, so a first byte may take the
+  time for connecting as well;
 - a cancelled call returns at once, but its connection stays until the answer begins or the
   time is up: the client lets its task run on, so the upstream works on for nobody;
 - on asyncio's own loop, the interpreter can abort at exit while the client's thread lets go of
@@ -12,6 +14,8 @@ Facts about pyreqwest 0.15 that shape this module, each held by a test:
 """
 
 import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
 from datetime import timedelta
 
 from pyreqwest.client import Client, ClientBuilder
@@ -25,8 +29,10 @@ from penstock.upstream.transport import (
     TransportFailed,
     TransportOptions,
     cut_off,
+    gone_silent,
     no_answer,
     no_connection,
+    no_first_byte,
 )
 
 # uvicorn, and so vLLM, closes a connection that is idle for 5 s. One that is taken from the
@@ -54,6 +60,8 @@ class ReqwestTransport:
         self._origin = origin
         self._timeout_s = options.timeout_s
         self._connect_timeout_s = options.connect_timeout_s
+        self._first_byte_s = options.first_byte_timeout_s
+        self._silence_s = options.silence_timeout_s
         self._max_body_bytes = options.max_body_bytes
         self._urls: dict[str, Url] = {}
         builder = (
@@ -76,6 +84,9 @@ class ReqwestTransport:
 
     async def post(self, path: str, body: bytes) -> Answer:
         request = self._client.post(self._url(path)).body_bytes(body)
+        if self._silence_s:
+            # Or the first read would come back only with so many bytes, or at the end.
+            request = request.streamed_read_buffer_limit(0)
         return await self._exchange(request.build_streamed())
 
     async def get(self, path: str) -> Answer:
@@ -97,7 +108,7 @@ class ReqwestTransport:
     async def _exchange(self, request: StreamRequest) -> Answer:
         limit = self._max_body_bytes
         try:
-            async with request as response:
+            async with self._begun(request) as response:
                 answer = Answer(
                     status=response.status,
                     request_id=_header(response, "x-request-id"),
@@ -109,15 +120,49 @@ class ReqwestTransport:
                 if _announces_more_than(limit, response):
                     answer.is_too_long = True
                     return answer
-                received = await response.body_reader.read(limit + 1)
+                body = await self._read(response, limit + 1)
         except RequestError as error:
             raise self._failed(error) from None
-        body = b"" if received is None else received.to_bytes()
         if len(body) > limit:
             answer.is_too_long = True
         else:
             answer.body = body
         return answer
+
+    @contextlib.asynccontextmanager
+    async def _begun(self, request: StreamRequest) -> AsyncGenerator[Response]:
+        """The response to a request, once its head is there."""
+        if not self._first_byte_s:
+            async with request as response:
+                yield response
+            return
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(self._connect_timeout_s + self._first_byte_s):
+                    response = await stack.enter_async_context(request)
+            except TimeoutError:
+                raise no_first_byte(self._first_byte_s) from None
+            yield response
+
+    async def _read(self, response: Response, most: int) -> bytes:
+        """The body, or `most` bytes of it."""
+        if not self._silence_s:
+            received = await response.body_reader.read(most)
+            return b"" if received is None else received.to_bytes()
+        chunks: list[bytes] = []
+        left = most
+        while left > 0:
+            reading = asyncio.ensure_future(response.body_reader.read_chunk())
+            done, _ = await asyncio.wait({reading}, timeout=self._silence_s)
+            if not done:
+                reading.cancel()
+                raise gone_silent(self._silence_s)
+            chunk = reading.result()
+            if chunk is None:
+                break
+            chunks.append(chunk.to_bytes())
+            left -= len(chunks[-1])
+        return b"".join(chunks)
 
     def _failed(self, error: RequestError) -> TransportFailed:
         causes = [cause["message"] for cause in error.details.get("causes") or ()]

@@ -23,6 +23,11 @@ class TransportOptions:
     """How long a call may take, from connecting to the answer's last byte."""
     connect_timeout_s: float
     """How long connecting may take of that."""
+    first_byte_timeout_s: float = 0.0
+    """How long the answer's first byte may take, once the request is sent; 0: as long as all
+    of it."""
+    silence_timeout_s: float = 0.0
+    """How long nothing may come of an answer that has begun; 0: as long as all of it."""
     max_body_bytes: int
     """The longest body of an answer that is read."""
     max_idle: int
@@ -64,6 +69,18 @@ def no_connection(reason: str, *, within_s: float | None = None) -> TransportFai
 def no_answer(timeout_s: float) -> TransportFailed:
     """The answer was not whole in time."""
     return TransportFailed(Failure.TIMEOUT, f"No whole answer came within {timeout_s:g} s.")
+
+
+def no_first_byte(timeout_s: float) -> TransportFailed:
+    """The answer did not begin in time."""
+    return TransportFailed(Failure.TIMEOUT, f"No answer began within {timeout_s:g} s.")
+
+
+def gone_silent(timeout_s: float) -> TransportFailed:
+    """The answer began, and then nothing came for too long."""
+    return TransportFailed(
+        Failure.TIMEOUT, f"Nothing more of the answer came within {timeout_s:g} s."
+    )
 
 
 def cut_off(reason: str) -> TransportFailed:
