@@ -57,9 +57,15 @@ class Process:
 
 
 @contextlib.contextmanager
-def upstream(latency_ms: float = 0.0) -> Generator[Process]:
-    """Run `benchmarks.upstream` on a free port."""
+def upstream(latency_ms: float = 0.0, *, wild: int | None = None) -> Generator[Process]:
+    """Run `benchmarks.upstream` on a free port.
+
+    Args:
+        wild: Starts the chance by which it misbehaves; None makes it behave.
+    """
     command = [sys.executable, "-m", "benchmarks.upstream", "--latency-ms", str(latency_ms)]
+    if wild is not None:
+        command += ["--wild", str(wild)]
     popen = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent
     )
@@ -73,13 +79,19 @@ def upstream(latency_ms: float = 0.0) -> Generator[Process]:
 
 
 def start_server(
-    data_dir: Path, upstream_url: str, *, port: int = 0, settings: dict[str, str] | None = None
+    data_dir: Path,
+    upstream_url: str,
+    *,
+    port: int = 0,
+    settings: dict[str, str] | None = None,
+    wait: bool = True,
 ) -> Process:
-    """Start `penstock serve` and wait until it is ready.
+    """Start `penstock serve`.
 
     Args:
         port: 0 chooses a free one.
         settings: More settings, by environment variable.
+        wait: Whether to wait until it is ready.
     """
     port = port or free_port()
     data_dir.mkdir(parents=True, exist_ok=True)
@@ -102,6 +114,8 @@ def start_server(
         )
     os.sched_setaffinity(popen.pid, WORK_CORE)
     process = Process(popen, port)
+    if not wait:
+        return process
     deadline = time.monotonic() + _PATIENCE_S
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
@@ -201,10 +215,14 @@ def get(url: str) -> bytes:
         return answer.read()
 
 
-def write_input(path: Path, lines: int, line_bytes: int) -> None:
-    """Write an input file; each line names itself, and is `line_bytes` long."""
+def write_input(path: Path, lines: int, line_bytes: int, *, first: int = 0) -> None:
+    """Write an input file; each line names itself, and is `line_bytes` long.
+
+    Args:
+        first: The number of the first line.
+    """
     with path.open("w") as file:
-        for number in range(lines):
+        for number in range(first, first + lines):
             request = {
                 "custom_id": f"request-{number}",
                 "method": "POST",

@@ -4,11 +4,13 @@ It answers every POST with the same completion, at once or after a latency, and 
 lines it saw: a line names itself by `line-<number> ` in its body. `GET /stats` tells.
 
     python -m benchmarks.upstream --port 9000 --latency-ms 0
+    python -m benchmarks.upstream --wild 1     misbehaves half of the time, by chance
 """
 
 import argparse
 import asyncio
 import json
+import random
 import re
 import time
 
@@ -36,6 +38,44 @@ _ANSWER = (
     b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
     % len(_BODY)
 ) + _BODY
+
+
+_JSON = b"content-type: application/json\r\n"
+
+
+def _with_length(length: int, body: bytes, status: bytes = b"200 OK") -> bytes:
+    head = b"HTTP/1.1 %b\r\n%bcontent-length: %d\r\n\r\n" % (status, _JSON, length)
+    return head + body
+
+
+def _whole(body: bytes, status: bytes = b"200 OK") -> bytes:
+    return _with_length(len(body), body, status)
+
+
+_LONG = json.dumps({"choices": [], "text": "x" * 10_000_000, "usage": {"total_tokens": 1}})
+_CUT, _STALL = b"cut", b"stall"
+_WILD: tuple[tuple[int, bytes, bytes | None], ...] = (
+    (50, _ANSWER, None),
+    (4, b"", _CUT),
+    (4, b"HTTP/1.1 200 OK\r\ncontent-ty", _CUT),
+    (4, _ANSWER[:-50], _CUT),
+    (3, b"", _STALL),
+    (3, _ANSWER[:-50], _STALL),
+    (4, _with_length(len(_BODY) + 100, _BODY), _CUT),
+    (4, _with_length(len(_BODY) - 100, _BODY), None),
+    (2, b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n{}\r\n", None),
+    (2, b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n", _CUT),
+    (1, _whole(_LONG.encode()), None),
+    (3, _whole(_BODY.replace(b"work", b"wo\x00k")), None),
+    (3, _whole(_BODY.replace(b"work", b"wo\xffk")), None),
+    (3, _whole(b"<html>It works.</html>"), None),
+    (2, _whole(b""), None),
+    (1, b"\x00\xff garbage\r\n\r\n", None),
+    (3, _whole(b"oops", b"500 Oops"), None),
+    (2, _whole(b"<html>", b"503 Busy"), None),
+    (2, _whole(b'{"error":{"message":"slow down"}}', b"429 Slow"), None),
+)
+"""How often out of a hundred it says what, and what it does then."""
 
 
 class Counts:
@@ -73,7 +113,10 @@ class Counts:
 class Upstream(asyncio.Protocol):
     """One connection."""
 
-    def __init__(self, counts: Counts, latency_s: float) -> None:
+    def __init__(
+        self, counts: Counts, latency_s: float, chance: random.Random | None = None
+    ) -> None:
+        self._chance = chance
         self._counts = counts
         self._latency_s = latency_s
         self._buffer = b""
@@ -128,17 +171,25 @@ class Upstream(asyncio.Protocol):
 
     def _answer_late(self) -> None:
         self._counts.in_flight -= 1
-        self._write(_ANSWER)
+        if self._chance is None:
+            self._write(_ANSWER)
+            return
+        weights = [weight for weight, _, _ in _WILD]
+        _, answer, then = self._chance.choices(_WILD, weights)[0]
+        self._write(answer)
+        if then is _CUT and self._transport is not None:
+            self._transport.close()
 
     def _write(self, data: bytes) -> None:
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
 
 
-async def _serve(port: int, latency_s: float) -> None:
+async def _serve(port: int, latency_s: float, wild: int | None) -> None:
     counts = Counts()
+    chance = None if wild is None else random.Random(wild)
     server = await asyncio.get_running_loop().create_server(
-        lambda: Upstream(counts, latency_s), "127.0.0.1", port, backlog=4096
+        lambda: Upstream(counts, latency_s, chance), "127.0.0.1", port, backlog=4096
     )
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
@@ -150,8 +201,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--latency-ms", type=float, default=0.0)
+    parser.add_argument("--wild", type=int)
     options = parser.parse_args()
-    uvloop.run(_serve(options.port, options.latency_ms / 1000))
+    latency_ms = (
+        max(options.latency_ms, 1.0) if options.wild is not None else options.latency_ms
+    )
+    uvloop.run(_serve(options.port, latency_ms / 1000, options.wild))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ import logging
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TextIO, cast
 
 import structlog
 from prometheus_client import CollectorRegistry, generate_latest
@@ -293,6 +295,25 @@ class Metrics:
         yield from (queued, parked, in_flight, limit, most, limited, running, waiting)
 
 
+class _Patient:
+    """A stream to which nothing can go wrong: what it does not take is lost, not the work.
+
+    A log that is redirected to a full disk, or to a reader that has gone, raises on each line.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+
 def configure_logging(*, level: int = logging.INFO) -> None:
     """Log to standard error: for people on a terminal, as JSON elsewhere."""
     is_terminal = sys.stderr.isatty()
@@ -306,7 +327,7 @@ def configure_logging(*, level: int = logging.INFO) -> None:
             else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast(TextIO, _Patient(sys.stderr))),
         cache_logger_on_first_use=False,
     )
     # PgQueuer tells of its own comings and goings through the standard library.

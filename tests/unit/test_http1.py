@@ -6,7 +6,7 @@ from contextlib import suppress
 import pytest
 
 from penstock.upstream.base import Failure
-from penstock.upstream.http1 import Http1Transport
+from penstock.upstream.http1 import Connection, Http1Transport
 from penstock.upstream.transport import TransportFailed, TransportOptions
 from tests.upstreams import Action, ScriptedUpstream, Then, answer, raw, stall
 
@@ -15,11 +15,16 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 
 
 def connect(
-    port: int, *, host: str = "127.0.0.1", max_idle: int = 64, max_body_bytes: int = 1 << 20
+    port: int,
+    *,
+    host: str = "127.0.0.1",
+    max_idle: int = 64,
+    max_body_bytes: int = 1 << 20,
+    timeout_s: float = 5,
 ) -> Http1Transport:
     options = TransportOptions(
         headers={"X-One": "1"},
-        timeout_s=5,
+        timeout_s=timeout_s,
         connect_timeout_s=5,
         max_body_bytes=max_body_bytes,
         max_idle=max_idle,
@@ -218,3 +223,27 @@ async def test_a_thousand_calls_at_once_each_get_their_own_answer() -> None:
         await transport.close()
 
     assert [reply.body for reply in replies] == sent
+
+
+async def test_a_call_on_a_connection_that_has_just_become_free_has_its_time_out() -> None:
+    def behave(path: str, headers: dict[str, str], body: bytes, nth: int) -> Action:
+        return stall() if body == b"[]" else answer({})
+
+    async with ScriptedUpstream(behave) as server:
+        transport = connect(server.port, timeout_s=0.3)
+        release = transport.release
+        later: list[asyncio.Future[object]] = []
+
+        def release_and_ask(connection: Connection) -> None:
+            release(connection)
+            if not later:  # which comes before the first caller goes on
+                later.append(asyncio.ensure_future(transport.post(PATH, b"[]")))
+
+        transport.release = release_and_ask
+        await transport.post(PATH, b"{}")
+        async with asyncio.timeout(3):
+            with pytest.raises(TransportFailed, match=r"No whole answer came within 0\.3 s"):
+                await later[0]
+        await transport.close()
+
+    assert server.connections == 1

@@ -159,14 +159,15 @@ def test_it_makes_room_when_others_use_the_engine_and_takes_it_back() -> None:
     assert limit.current >= 60
 
 
-def test_a_refusal_halves_it_once_for_all_that_were_in_flight() -> None:
+def test_refusals_halve_it_once_for_all_that_were_in_flight() -> None:
     limit = limit_of(256, initial=64)
 
-    for _ in range(20):
+    for _ in range(40):
         limit.note_refusal(10.0, sent_at=9.0)
     assert limit.current == 32
     assert limit.limiter is Limiter.REFUSALS
-    limit.note_refusal(11.0, sent_at=10.5)
+    for _ in range(8):
+        limit.note_refusal(11.0, sent_at=10.5)
     assert limit.current == 16
 
 
@@ -176,6 +177,29 @@ def test_it_never_falls_below_one() -> None:
         limit.note_refusal(at + 1, sent_at=at + 0.5)
 
     assert limit.current == 1
+
+
+def test_a_refusal_now_and_then_changes_nothing() -> None:
+    limit = limit_of(256, initial=256)
+    for at in range(3000):
+        limit.note_success(at + 1, sent_at=at, work=0, in_flight=1)
+        if at % 100 == 0:
+            limit.note_refusal(at + 1, sent_at=at)
+
+    assert limit.current == 256
+
+
+def test_refusals_that_have_nothing_to_do_with_their_number_are_borne() -> None:
+    limit = limit_of(64, initial=64)
+    chance, limits = random.Random(5), list[int]()
+    for at in range(20_000):
+        if chance.random() < 0.1:
+            limit.note_refusal(at + 1, sent_at=at + 0.5)
+        else:
+            limit.note_success(at + 1, sent_at=at + 0.5, work=0, in_flight=limit.current)
+        limits.append(limit.current)
+
+    assert sum(limits) / len(limits) >= 40
 
 
 def test_it_settles_below_where_the_upstream_refuses() -> None:

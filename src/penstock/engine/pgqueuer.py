@@ -29,6 +29,8 @@ _Key = tuple[JobKind, str]
 _FORGET_S = 60.0
 _HAND_OUT = 64
 _LOOK_AGAIN_S = 0.005
+_LONG_AGO = timedelta(days=-3650)
+"""When a job that is due was due: PgQueuer asks the wall clock, and that may be set back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +86,14 @@ class MemoryEngine:
             [job.id.encode() for job in fresh.values()],
             [0] * len(fresh),
             execute_after=[
-                timedelta(seconds=max(job.due_at - now, 0.0)) if job.due_at else None
+                timedelta(seconds=job.due_at - now)
+                if job.due_at is not None and job.due_at > now
+                else _LONG_AGO
                 for job in fresh.values()
             ],
         )
         for (key, job), job_id in zip(fresh.items(), ids, strict=True):
-            self._waiting[key] = _Waiting(job_id, job.due_at or now)
+            self._waiting[key] = _Waiting(job_id, job.due_at or 0.0)
 
     async def cancel(self, jobs: Sequence[Job]) -> None:
         ids: list[JobId] = []

@@ -4,7 +4,8 @@ clock.
 `ConcurrencyLimit` finds out how many requests an upstream can use, up to what the settings
 allow. It begins small and doubles while that brings more work done. Then it listens:
 
-- a 429, a 503 or a time-out halves it;
+- 429s, 503s and time-outs halve it, unless as many come when it is halved: then they are not
+  due to too many requests;
 - an inference engine that tells how many requests wait in its queue is kept so full that a few
   of them wait, and no fuller, so that others who use it find their turn;
 - without that, a small step up or down is tried now and then, and kept if it brings more work
@@ -33,6 +34,12 @@ _SAME = 0.97
 _CROWDED = 0.6
 """With less of the best than this at the same limit, others use the upstream too."""
 _MOST_HOLDS = 16
+_FEW_REFUSALS = 0.02
+"""What part of the replies may be refusals without a cut."""
+_MANY_REFUSALS = 0.5
+_AS_MANY = 0.8
+"""With more than this part of the refusals left after a cut, it has not helped."""
+_JUDGED_REPLIES = 50
 _GUIDED_S = 5.0
 """For how long a load that the engine told stays true."""
 _FULL_CACHE = 0.95
@@ -68,7 +75,12 @@ class ConcurrencyLimit:
         """Requests, at least 1."""
         self._limiter = Limiter.START
         self._is_starting = True
-        self._cut_at = float("-inf")
+        self._window_at = float("-inf")
+        self._answered = 0
+        self._refused = 0
+        self._tolerated = _FEW_REFUSALS
+        self._cut: tuple[int, float] | None = None
+        """The limit before the last cut and what part was refused; None once judged."""
         self._guided_until = float("-inf")
         self._free_looks = 0
         self._begin_round(float("-inf"))
@@ -93,6 +105,10 @@ class ConcurrencyLimit:
             work: What it brought, in output tokens; 0 counts as 1.
             in_flight: How many requests there were, with this one.
         """
+        if sent_at > self._window_at:
+            self._answered += 1
+            if self._refused or self._cut:
+                self._look_at_refusals(now)
         if sent_at < self._round_at:
             return  # it was on its way before the limit changed
         self._replies += 1
@@ -108,11 +124,30 @@ class ConcurrencyLimit:
     def note_refusal(self, now: float, *, sent_at: float) -> None:
         """Say that the upstream refused a request because it has too many, or did not get to
         it in time."""
-        if sent_at < self._cut_at:
+        if sent_at <= self._window_at:
             return  # it was on its way before the last cut
-        self._cut_at = now
-        self._set(self.current // 2, Limiter.REFUSALS)
-        self._settle(now)
+        self._refused += 1
+        self._look_at_refusals(now)
+
+    def _look_at_refusals(self, now: float) -> None:
+        replies = self._answered + self._refused
+        share = self._refused / replies
+        is_bad = share > _MANY_REFUSALS and self._refused >= min(self.current, 8)
+        if not is_bad and replies < max(_JUDGED_REPLIES, self.current):
+            return
+        cut, self._cut = self._cut, None
+        if not is_bad and cut is not None and share >= _AS_MANY * cut[1]:
+            self._tolerated = 1.5 * share
+            self._set(cut[0], Limiter.START)
+            self._settle(now)
+        elif is_bad or share > self._tolerated:
+            self._cut = (self.current, share)
+            self._set(self.current // 2, Limiter.REFUSALS)
+            self._settle(now)
+        elif 2 * share < self._tolerated:
+            self._tolerated = max(0.9 * self._tolerated, _FEW_REFUSALS)
+        self._window_at = now
+        self._answered = self._refused = 0
 
     def note_load(self, load: EngineLoad, now: float, *, in_flight: int) -> None:
         """Say what the engine tells of itself."""

@@ -142,6 +142,8 @@ _TROUBLES = {
     sqlite3.SQLITE_LOCKED: "is locked",
     sqlite3.SQLITE_READONLY: "cannot be written to",
     sqlite3.SQLITE_IOERR: "cannot be read or written, its disk fails",
+    # SQLite says so of a read that fails with EIO as well.
+    sqlite3.SQLITE_CORRUPT: "is damaged, or its disk fails",
     sqlite3.SQLITE_FULL: "is full, there is no room left on its disk",
     sqlite3.SQLITE_CANTOPEN: "cannot be opened",
 }

@@ -103,8 +103,6 @@ class Http1Transport:
         except asyncio.CancelledError:
             connection.drop()
             raise
-        finally:
-            self._busy.discard(connection)
 
     def _take_idle(self, now: float) -> "Connection | None":
         if not self._idle:
@@ -134,6 +132,8 @@ class Http1Transport:
 
     def release(self, connection: "Connection") -> None:
         """Keep a connection whose answer is whole for the next call."""
+        # Now, not once its caller goes on: by then another call may have it.
+        self._busy.discard(connection)
         if self._is_closed or len(self._idle) >= self._max_idle:
             connection.drop()
         else:
@@ -141,6 +141,7 @@ class Http1Transport:
 
     def forget(self, connection: "Connection") -> None:
         """Never use a connection again: it has ended."""
+        self._busy.discard(connection)
         self._idle.pop(connection, None)
 
     def _look_at_times(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -229,6 +230,7 @@ class Connection(asyncio.Protocol):
         """End the connection at once."""
         self._is_over = True
         self._waiter = None
+        self._pool.forget(self)
         if self._transport is not None:
             self._transport.abort()
 
@@ -247,7 +249,6 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._waiter is None:
             self.drop()  # nobody has asked for anything
-            self._pool.forget(self)
             return
         self._read_bytes += len(data)
         if silence_s := self._pool.silence_s:
