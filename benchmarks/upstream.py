@@ -100,6 +100,7 @@ class Counts:
                 "lines": len(self.seen),
                 "again": sum(count - 1 for count in self.seen.values()),
                 "most": max(self.seen.values(), default=0),
+                "beyond_five": sum(max(count - 5, 0) for count in self.seen.values()),
                 "in_flight": self.in_flight,
                 "max_in_flight": self.max_in_flight,
                 "first_at": self.first_at,

@@ -93,11 +93,20 @@ class Durations:
 class UpstreamStats:
     """What was counted of one upstream since the start."""
 
-    __slots__ = ("cached_tokens", "durations", "input_tokens", "output_tokens", "requests")
+    __slots__ = (
+        "cached_tokens",
+        "durations",
+        "free",
+        "input_tokens",
+        "output_tokens",
+        "requests",
+    )
 
     def __init__(self) -> None:
         self.requests: dict[str, int] = {}
         """Attempts at lines by what came of them: an HTTP status, or why there was none."""
+        self.free = 0
+        """Attempts among them that do not count as one of their line's `max_attempts`."""
         self.durations = Durations(_REPLY_BOUNDS_S)
         self.input_tokens = 0
         self.cached_tokens = 0
@@ -240,6 +249,11 @@ class Metrics:
             "Attempts at lines, by HTTP status or by why there was none.",
             labels=["upstream", "outcome"],
         )
+        free = CounterMetricFamily(
+            "penstock_upstream_free_requests",
+            "Attempts among them that do not count for max_attempts.",
+            labels=["upstream"],
+        )
         durations = HistogramMetricFamily(
             "penstock_upstream_request_duration_seconds",
             "How long an attempt at a line took.",
@@ -253,11 +267,12 @@ class Metrics:
         for name, stats in self._upstreams.items():
             for outcome, count in sorted(stats.requests.items()):
                 requests.add_metric([name, outcome], count)
+            free.add_metric([name], stats.free)
             durations.add_metric([name], stats.durations.buckets(), stats.durations.sum_s)
             tokens.add_metric([name, "input"], stats.input_tokens)
             tokens.add_metric([name, "cached"], stats.cached_tokens)
             tokens.add_metric([name, "output"], stats.output_tokens)
-        yield from (requests, durations, tokens)
+        yield from (requests, free, durations, tokens)
 
     def _collect_lanes(self) -> Iterator[Metric]:
         def gauge(name: str, told: str, *labels: str) -> GaugeMetricFamily:

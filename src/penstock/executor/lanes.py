@@ -267,6 +267,8 @@ class Lane:
         stats.note(reply.failure or str(reply.status_code), now - ticket.sent_at)
         if admission.limit.current > limit:
             self.start()
+        if outcome.is_free:
+            stats.free += 1
         if outcome.has_opened:
             self._tell_outage(admission, line.model, reply)
         elif outcome.has_closed:
