@@ -57,7 +57,9 @@ class Load:
     upstream: harness.Process
     lines: int
     chance: random.Random
-    settings: dict[str, str] = field(default_factory=dict[str, str])
+    settings: dict[str, str] = field(
+        default_factory=lambda: {"PENSTOCK_LIMITS__REQUESTS_PER_BATCH": "1000000"}
+    )
     data_dir: Path = Path()
     batches: list[str] = field(default_factory=list[str])
     created_lines: int = 0
@@ -81,7 +83,7 @@ class Load:
         """Upload half of the lines and create a batch."""
         source = self.space / f"in{len(self.batches)}.jsonl"
         count = self.lines // 2
-        harness.write_input(source, count, 1024, first=self.created_lines)
+        harness.write_input(source, count, 256, first=self.created_lines)
         client = harness.Client(self.server)
         self.batches.append(client.create(client.upload(source)))
         self.created_lines += count
@@ -170,6 +172,8 @@ def kill(load: Load, times: int) -> dict[str, Any]:
             time.sleep(load.chance.uniform(0.1, 2.5))
             load.server.kill()
             early += 1
+        if harness.stats(load.upstream)["lines"] >= load.lines:
+            raise SystemExit("The batches ended before the last kill: more lines, please.")
         before = load.requests()
         load.restart()
         if harness.stats(load.upstream)["lines"] < load.created_lines:
@@ -329,13 +333,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenario", choices=["kills", *_SCENARIOS, "all"], default="kills")
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--lines", type=int, default=20_000)
+    parser.add_argument("--lines", type=int, help="2,000 for each kill, else 20,000")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(2)))
     options = parser.parse_args()
     names = ["kills", *_SCENARIOS] if options.scenario == "all" else [options.scenario]
-    kept = [
-        run(name, kills=options.kills, lines=options.lines, seed=options.seed) for name in names
-    ]
+    kept: list[bool] = []
+    for name in names:
+        lines = options.lines or (2_000 * options.kills if name == "kills" else 20_000)
+        kept.append(run(name, kills=options.kills, lines=lines, seed=options.seed))
     if not all(kept):
         raise SystemExit("A promise was broken.")
 

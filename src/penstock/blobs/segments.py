@@ -17,10 +17,11 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
+from typing import NamedTuple
 
 from penstock.model import BatchId, Usage
 
@@ -42,6 +43,9 @@ class Kind(IntEnum):
     ERROR = 1
 
 
+_KINDS = tuple(Kind)
+
+
 @dataclass(slots=True)
 class Tally:
     """What is in a segment, by count."""
@@ -50,7 +54,7 @@ class Tally:
     failed: int = 0
     usage: list[int] = field(default_factory=lambda: [0, 0, 0, 0, 0])
 
-    def add(self, kind: Kind, tokens: tuple[int, ...]) -> None:
+    def add(self, kind: Kind, tokens: Sequence[int]) -> None:
         if kind is Kind.OUTPUT:
             self.completed += 1
         else:
@@ -75,19 +79,18 @@ class Tally:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """Where a reply lies."""
+class Record(NamedTuple):
+    """Where a reply lies. A tuple, because one is made for every line that is read back."""
 
     line: int
     kind: Kind
     offset: int
     """Of the payload in its segment."""
     length: int
-    tokens: tuple[int, ...]
+    tokens: Sequence[int]
 
 
-def pack(line: int, kind: Kind, payload: bytes, tokens: tuple[int, ...]) -> bytes:
+def pack(line: int, kind: Kind, payload: bytes, tokens: Sequence[int]) -> bytes:
     """The header of a record; the payload follows it.
 
     Args:
@@ -129,7 +132,7 @@ class SegmentWriter:
         """Whether something is appended that is not durable."""
         return bool(self._waiting or self._prepared)
 
-    def append(self, line: int, kind: Kind, payload: bytes, tokens: tuple[int, ...]) -> None:
+    def append(self, line: int, kind: Kind, payload: bytes, tokens: Sequence[int]) -> None:
         """Add the reply of a line, once."""
         self._waiting.append(pack(line, kind, payload, tokens))
         self._waiting.append(payload)
@@ -201,9 +204,27 @@ class SegmentReader:
         os.close(self._file)
 
     def _scan(self) -> Iterator[Record]:
+        return self._scan_memory() if self._whole else self._scan_file()
+
+    def _scan_memory(self) -> Iterator[Record]:
+        whole, size = memoryview(self._whole), self._size
+        unpack, crc32, kinds = _HEADER.unpack_from, zlib.crc32, _KINDS
+        offset = 0
+        while offset + _HEADER.size <= size:
+            crc, magic, kind, line, length, *tokens = unpack(whole, offset)
+            start = offset + _HEADER.size
+            end = start + length
+            if magic != _MAGIC or kind > Kind.ERROR or end > size:
+                return
+            if crc32(whole[offset + _CRC_BYTES : end]) != crc:
+                return
+            yield Record(line, kinds[kind], start, length, tokens)
+            offset = end
+
+    def _scan_file(self) -> Iterator[Record]:
         offset = 0
         while offset + _HEADER.size <= self._size:
-            header = self._at(offset, _HEADER.size)
+            header = _read_all(self._file, offset, _HEADER.size)
             if len(header) < _HEADER.size:
                 return  # cut off while it is read
             crc, magic, kind, line, length, *tokens = _HEADER.unpack(header)
@@ -212,17 +233,10 @@ class SegmentReader:
                 return
             if self._checksum(start, length, zlib.crc32(header[_CRC_BYTES:])) != crc:
                 return
-            yield Record(line, Kind(kind), start, length, tuple(tokens))
+            yield Record(line, _KINDS[kind], start, length, tokens)
             offset = start + length
 
-    def _at(self, offset: int, length: int) -> bytes:
-        if self._whole:
-            return self._whole[offset : offset + length]
-        return _read_all(self._file, offset, length)
-
     def _checksum(self, offset: int, length: int, crc: int) -> int:
-        if self._whole:
-            return zlib.crc32(memoryview(self._whole)[offset : offset + length], crc)
         end = offset + length
         while offset < end:
             piece = _read_all(self._file, offset, min(_READ_BYTES, end - offset))
@@ -253,10 +267,10 @@ class SliceReplies:
         return set(self._places)
 
     def tally(self) -> Tally:
-        tally = Tally()
-        for _, record in self._places.values():
-            tally.add(record.kind, record.tokens)
-        return tally
+        records = [record for _, record in self._places.values()]
+        completed = sum(record.kind is Kind.OUTPUT for record in records)
+        usage = [sum(counts) for counts in zip(*(each.tokens for each in records), strict=True)]
+        return Tally(completed, len(records) - completed, usage or [0, 0, 0, 0, 0])
 
     def iter_records(self) -> Iterator[tuple[Record, bytes]]:
         """Each record with its payload, in line order."""

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 from weakref import WeakValueDictionary
@@ -368,12 +368,8 @@ class Lifecycle:
         file_id = FileId(f"file-{secrets.token_hex(16)}")
         key = f"files/{file_id}"
 
-        async def pieces() -> AsyncIterator[bytes]:
-            async for piece in self._pieces(batch, found, kind):
-                digest.update(piece)
-                yield piece
-
-        size = await self._blobs.put(key, pieces())
+        walk = self._walk(batch, found, kind, digest.update, asyncio.get_running_loop())
+        size = await self._blobs.put(key, in_thread(walk))
         now = int(time.time())
         return File(
             id=file_id,
@@ -387,17 +383,29 @@ class Lifecycle:
             expires_at=now + (batch.output_life_s or self._options.file_retention_s),
         )
 
-    async def _pieces(
-        self, batch: Batch, found: list[_Found], kind: Kind
-    ) -> AsyncIterator[bytes]:
-        """The lines of one result file, in input order. Raises `_Gap` at its end."""
+    def _walk(
+        self,
+        batch: Batch,
+        found: list[_Found],
+        kind: Kind,
+        digest: Callable[[bytes], None],
+        loop: asyncio.AbstractEventLoop,
+    ) -> Iterator[bytes]:
+        """The lines of one result file, in input order. For a thread beside the loop.
+
+        Args:
+            digest: Called with each piece.
+
+        Raises:
+            _Gap: At the end, if replies are missing.
+        """
         gaps: list[SliceId] = []
         for each in found:
             if kind is Kind.OUTPUT and not each.completed:
                 continue
             if kind is Kind.ERROR and not (each.failed or each.missing):
                 continue
-            opened = await asyncio.to_thread(self._open, each)
+            opened = self._open(each)
             if opened is None:
                 gaps.append(each.piece.id)
                 continue
@@ -406,9 +414,10 @@ class Lifecycle:
                     continue
                 never_run: dict[int, bytes] = {}
                 if kind is Kind.ERROR and each.missing:
-                    never_run = await self._never_run(batch, each.piece, replies.lines)
-                walk = replies.iter_pieces(kind, others=never_run)
-                async for piece in in_thread(walk):
+                    asked = self._never_run(batch, each.piece, replies.lines)
+                    never_run = asyncio.run_coroutine_threadsafe(asked, loop).result()
+                for piece in replies.iter_pieces(kind, others=never_run):
+                    digest(piece)
                     yield piece
         if gaps:
             raise _Gap(gaps)

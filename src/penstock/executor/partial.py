@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from itertools import islice
 
 from penstock.blobs.segments import Kind, LocalSegments
 from penstock.errors import StorageUnavailable
@@ -11,12 +10,21 @@ from penstock.store.base import Store
 
 
 async def in_thread(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
-    """Iterate in a thread, two pieces ahead: a hop for each would cost more than the piece."""
-    while some := await asyncio.to_thread(lambda: list(islice(pieces, 2))):
-        for piece in some:
+    """Iterate in a thread, one piece ahead of the caller."""
+
+    def take() -> bytes | None:
+        return next(pieces, None)
+
+    ahead = asyncio.ensure_future(asyncio.to_thread(take))
+    try:
+        while (piece := await ahead) is not None:
+            ahead = asyncio.ensure_future(asyncio.to_thread(take))
             yield piece
-        if len(some) < 2:
-            return
+    finally:
+        if not ahead.done():  # what it reads from must not be closed under it
+            await asyncio.wait({ahead})
+        if not ahead.cancelled():
+            ahead.exception()
 
 
 class PartialResults:
