@@ -33,6 +33,7 @@ _SAME = 0.97
 """How much of the best is as good as it."""
 _CROWDED = 0.6
 """With less of the best than this at the same limit, others use the upstream too."""
+_CROWDED_ROUNDS = 3
 _MOST_HOLDS = 16
 _FEW_REFUSALS = 0.02
 """What part of the replies may be refusals without a cut."""
@@ -78,6 +79,8 @@ class ConcurrencyLimit:
         self._window_at = float("-inf")
         self._answered = 0
         self._refused = 0
+        self._refusal_s = 0.0
+        """How long refusals take to come, at most, of late."""
         self._tolerated = _FEW_REFUSALS
         self._cut: tuple[int, float] | None = None
         """The limit before the last cut and what part was refused; None once judged."""
@@ -89,6 +92,7 @@ class ConcurrencyLimit:
         self._best = 0.0
         self._base: int | None = None
         """The limit from which a step is being tried; None between steps."""
+        self._crowded = 0
         self._is_next_up = True
         self._holds = 0
         self._most_holds = 1
@@ -127,13 +131,18 @@ class ConcurrencyLimit:
         if sent_at <= self._window_at:
             return  # it was on its way before the last cut
         self._refused += 1
+        self._refusal_s = max(self._refusal_s, now - sent_at)
         self._look_at_refusals(now)
 
     def _look_at_refusals(self, now: float) -> None:
         replies = self._answered + self._refused
         share = self._refused / replies
         is_bad = share > _MANY_REFUSALS and self._refused >= min(self.current, 8)
-        if not is_bad and replies < max(_JUDGED_REPLIES, self.current):
+        if not is_bad and (
+            replies < max(_JUDGED_REPLIES, self.current)
+            # A time-out takes its time to show, so a short window has too few of them.
+            or now - self._window_at < 2 * self._refusal_s
+        ):
             return
         cut, self._cut = self._cut, None
         if not is_bad and cut is not None and share >= _AS_MANY * cut[1]:
@@ -148,6 +157,7 @@ class ConcurrencyLimit:
             self._tolerated = max(0.9 * self._tolerated, _FEW_REFUSALS)
         self._window_at = now
         self._answered = self._refused = 0
+        self._refusal_s *= 0.8
 
     def note_load(self, load: EngineLoad, now: float, *, in_flight: int) -> None:
         """Say what the engine tells of itself."""
@@ -207,9 +217,11 @@ class ConcurrencyLimit:
 
     def _try_step(self, done: float) -> None:
         """At the end of a round without a step: begin one, or wait for a better time."""
-        if done < _CROWDED * self._best:
-            self._best = done
-            self._set(int(self.current * 0.75), Limiter.LATENCY)
+        self._crowded = self._crowded + 1 if done < _CROWDED * self._best else 0
+        if self._crowded:
+            if self._crowded >= _CROWDED_ROUNDS:
+                self._crowded, self._best = 0, done
+                self._set(int(self.current * 0.75), Limiter.LATENCY)
             return
         self._best = max(self._best * 0.99, done)
         self._before = done
