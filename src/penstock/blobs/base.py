@@ -5,7 +5,7 @@ once, whole, and never changed; whoever needs other bytes takes another key. So 
 lock, no version and no create-if-absent, which not every object store has.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Protocol
 
 
@@ -24,6 +24,10 @@ class Blobs(Protocol):
         Raises:
             StorageUnavailable: The store is full or does not answer; nothing is left behind.
         """
+        ...
+
+    async def put_made(self, key: str, pieces: Iterator[bytes]) -> int:
+        """Keep a blob whose pieces are made on the way, which happens in a thread. As `put`."""
         ...
 
     async def size(self, key: str) -> int:

@@ -22,7 +22,6 @@ from penstock.blobs.base import Blobs
 from penstock.blobs.segments import Kind, LocalSegments, SliceReplies
 from penstock.engine.base import Engine
 from penstock.errors import Conflict, NotFound, PenstockError, StorageUnavailable
-from penstock.executor.partial import in_thread
 from penstock.executor.replies import BATCH_CANCELLED, BATCH_EXPIRED, error_line
 from penstock.jsonl import CheckedInput, InputChecker, InputRules, iter_requests
 from penstock.model import (
@@ -369,7 +368,7 @@ class Lifecycle:
         key = f"files/{file_id}"
 
         walk = self._walk(batch, found, kind, digest.update, asyncio.get_running_loop())
-        size = await self._blobs.put(key, in_thread(walk))
+        size = await self._blobs.put_made(key, walk)
         now = int(time.time())
         return File(
             id=file_id,

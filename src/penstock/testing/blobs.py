@@ -1,7 +1,8 @@
 """The contract kit of `Blobs`: one test for each promise of its docstrings."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 from typing import Protocol
 
 import pytest
@@ -124,6 +125,51 @@ class BlobContract:
         putting = asyncio.create_task(blobs.put("files/a", chunks()))
         await begun.wait()
         putting.cancel()
+
+        with pytest.raises(asyncio.CancelledError):
+            await putting
+        await self.until_nothing_is_left(raw)
+
+    @pytest.mark.parametrize("pieces", [[], [b"abc", b"", b"def"], [LARGE, LARGE]])
+    async def test_pieces_may_be_made_in_a_thread(
+        self, blobs: Blobs, raw: RawBlobs, pieces: list[bytes]
+    ) -> None:
+        size = await blobs.put_made("files/a", iter(pieces))
+
+        assert raw.get("files/a") == b"".join(pieces)
+        assert size == sum(map(len, pieces))
+
+    async def test_pieces_that_cannot_be_made_leave_nothing(
+        self, blobs: Blobs, raw: RawBlobs
+    ) -> None:
+        class Refused(Exception):
+            pass
+
+        def pieces() -> Iterator[bytes]:
+            yield LARGE
+            raise Refused
+
+        with pytest.raises(Refused):
+            await blobs.put_made("files/a", pieces())
+
+        assert raw.everything() == []
+
+    async def test_a_blob_that_is_made_is_not_there_before_it_is_whole_nor_after_a_cancel(
+        self, blobs: Blobs, raw: RawBlobs
+    ) -> None:
+        begun, go_on = threading.Event(), threading.Event()
+
+        def pieces() -> Iterator[bytes]:
+            yield LARGE
+            begun.set()
+            go_on.wait(10)
+            yield LARGE
+
+        putting = asyncio.create_task(blobs.put_made("files/a", pieces()))
+        await asyncio.to_thread(begun.wait, 10)
+        assert raw.get("files/a") is None
+        putting.cancel()
+        asyncio.get_running_loop().call_later(0.05, go_on.set)
 
         with pytest.raises(asyncio.CancelledError):
             await putting
