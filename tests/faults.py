@@ -36,6 +36,10 @@ WEBHOOK_HTTP = "tests/unit/test_webhook_http.py"
 SCHEDULE = "tests/unit/test_webhook_schedule.py"
 ADDRESSES = "tests/unit/test_addresses.py"
 SIGNING = "tests/unit/test_signing.py"
+ADMISSION = "tests/unit/test_admission.py"
+CIRCUIT = "tests/unit/test_circuit.py"
+LIMITS = "tests/unit/test_limits.py"
+OUTAGE = "tests/integration/test_outage.py"
 
 
 @dataclass(frozen=True)
@@ -140,8 +144,8 @@ FAULTS = [
     Fault(
         "worker: a stop is not passed on",
         "executor/worker.py",
-        "_first_of(held.done, stop, self._stopping, timeout_s",
-        "_first_of(held.done, self._stopping, timeout_s",
+        "ends = (held.done, stop, self._stopping)",
+        "ends = (held.done, self._stopping)",
         RUNNING,
         "grace_time",
     ),
@@ -169,17 +173,17 @@ FAULTS = [
     ),
     Fault(
         "lanes: more lines in flight than allowed",
-        "executor/lanes.py",
-        "self.upstream.max_concurrency - self._senders",
-        "self.upstream.max_concurrency",
-        RUNNING,
-        "in_flight_than",
+        "executor/admission.py",
+        "            self.in_flight >= self.limit.current\n            or ",
+        "            ",
+        ADMISSION,
+        "as_many_as_its_limit",
     ),
     Fault(
         "lanes: a cancelled line is tried again",
         "executor/lanes.py",
-        "elif owner.is_stopping:",
-        "elif False:",
+        "        if owner.is_stopping:\n            owner.drop(line)\n            return\n",
+        "",
         RUNNING,
         "after_the_cancel",
     ),
@@ -227,8 +231,8 @@ FAULTS = [
     Fault(
         "feeder: slices are handed out twice",
         "executor/feeder.py",
-        "if piece.id not in self._handed)",
-        ")",
+        "if piece.id not in self._handed and piece.id not in aside",
+        "if piece.id not in aside",
         FEEDER,
         "once",
     ),
@@ -433,10 +437,18 @@ FAULTS = [
     Fault(
         "segments: a checksum is not looked at",
         "blobs/segments.py",
-        " != crc:",
-        " != crc and False:",
+        "if crc32(whole[offset + _CRC_BYTES : end]) != crc:",
+        "if False:",
         SEGMENTS,
         "flipped",
+    ),
+    Fault(
+        "segments: a checksum of a large segment is not looked at",
+        "blobs/segments.py",
+        "if self._checksum(start, length, zlib.crc32(header[_CRC_BYTES:])) != crc:",
+        "if False:",
+        SEGMENTS,
+        "large_segment",
     ),
     Fault(
         "segments: a torn write stays",
@@ -506,7 +518,7 @@ FAULTS = [
     Fault(
         "engine: what comes during a job is forgotten",
         "engine/pgqueuer.py",
-        "                self._again.add(key)\n",
+        "                self._again[key] = _sooner(job, self._again.get(key))\n",
         "                pass\n",
         ENGINE,
         "again_after_it",
@@ -514,10 +526,130 @@ FAULTS = [
     Fault(
         "engine: a cancelled job comes again",
         "engine/pgqueuer.py",
-        "            self._again.discard(key)\n            if (waiting",
+        "            self._again.pop(key, None)\n            if (waiting",
         "            if (waiting",
         ENGINE,
         "cancel",
+    ),
+    # Upstreams
+    Fault(
+        "circuit: it never opens",
+        "executor/circuit.py",
+        "        self._open(now, jitter)\n        return True\n",
+        "        return True\n",
+        CIRCUIT,
+    ),
+    Fault(
+        "circuit: two probes at a time",
+        "executor/circuit.py",
+        "(self._is_probing or now < self._open_until)",
+        "(now < self._open_until)",
+        CIRCUIT,
+    ),
+    Fault(
+        "circuit: its pauses do not grow",
+        "executor/circuit.py",
+        "max(2 * self._pause_s, self._policy.first_pause_s)",
+        "self._policy.first_pause_s",
+        CIRCUIT,
+    ),
+    Fault(
+        "lanes: parked lines stay parked",
+        "executor/lanes.py",
+        "        self._let_go(model, None)\n        self._wants_more()\n",
+        "",
+        OUTAGE,
+    ),
+    Fault(
+        "lanes: a probe that fails uses up its line",
+        "executor/lanes.py",
+        "queued.attempt += not is_free",
+        "queued.attempt += 1",
+        OUTAGE,
+    ),
+    Fault(
+        "worker: slices that only wait are kept",
+        "executor/worker.py",
+        "            if held.wakes == wakes or any(event.is_set() for event in ends):\n",
+        "            if any(event.is_set() for event in ends):\n",
+        OUTAGE,
+        "given_back",
+    ),
+    Fault(
+        "admission: Retry-After is not kept",
+        "executor/admission.py",
+        "            or now < self._held_until\n",
+        "",
+        ADMISSION,
+        "left_alone",
+    ),
+    Fault(
+        "admission: weights do not count",
+        "executor/admission.py",
+        "(admission.in_flight + 1) / admission.policy.weight",
+        "(admission.in_flight + 1)",
+        ADMISSION,
+        "weight",
+    ),
+    Fault(
+        "limits: refusals cut nothing",
+        "executor/limits.py",
+        "            self._set(self.current // 2, Limiter.REFUSALS)\n",
+        "",
+        LIMITS,
+        "refus",
+    ),
+    Fault(
+        "limits: the engine's queue is not looked at",
+        "executor/limits.py",
+        "                self._set(in_flight - excess, Limiter.ENGINE_QUEUE)\n",
+        "                pass\n",
+        LIMITS,
+        "queue",
+    ),
+    Fault(
+        "limits: a rate is not kept",
+        "executor/limits.py",
+        "self._level = min(self._level - amount, self._most)",
+        "self._level = min(self._level, self._most)",
+        LIMITS,
+        "rate",
+    ),
+    Fault(
+        "http1: a call loses its time-out to the one before it",
+        "upstream/http1.py",
+        "            connection.drop()\n            raise\n",
+        "            connection.drop()\n            raise\n"
+        "        finally:\n            self._busy.discard(connection)\n",
+        "tests/unit/test_http1.py",
+        "just_become",
+    ),
+    Fault(
+        "streaming: half an answer is taken for a whole",
+        "upstream/streaming.py",
+        '                whole.setdefault("choices", [])  # which keeps its place\n'
+        "            elif value is not None or name not in whole:\n"
+        "                whole[name] = value\n"
+        "    raise CutStream\n",
+        '                whole.setdefault("choices", [])  # which keeps its place\n'
+        "            elif value is not None or name not in whole:\n"
+        "                whole[name] = value\n"
+        "    return whole\n",
+        "tests/unit/test_streaming.py",
+    ),
+    Fault(
+        "order: lines are mixed up",
+        "executor/order.py",
+        "groups.setdefault((line.model, _prefix(line.body)), [])",
+        "groups.setdefault((line.model, b''), [])",
+        "tests/unit/test_order.py",
+    ),
+    Fault(
+        "telemetry: a log that cannot be written ends the work",
+        "telemetry.py",
+        "with suppress(OSError, ValueError):\n            return self",
+        "if True:\n            return self",
+        "tests/unit/test_telemetry.py",
     ),
     # Webhooks
     Fault(
