@@ -554,17 +554,10 @@ FAULTS = [
         CIRCUIT,
     ),
     Fault(
-        "lanes: parked lines stay parked",
-        "executor/lanes.py",
-        "        self._let_go(model, None)\n        self._wants_more()\n",
-        "",
-        OUTAGE,
-    ),
-    Fault(
         "lanes: a probe that fails uses up its line",
         "executor/lanes.py",
-        "queued.attempt += not is_free",
-        "queued.attempt += 1",
+        "is_free = outcome.is_free and policy.max_attempts > 1",
+        "is_free = False",
         OUTAGE,
     ),
     Fault(

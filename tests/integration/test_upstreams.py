@@ -246,8 +246,8 @@ async def test_a_streamed_answer_stands_in_the_output_as_any_other(
     data_dir: Path, upstream: ScriptedUpstream
 ) -> None:
     usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
-    whole = events(chat_chunk("Hel"), chat_chunk("lo.", usage=usage), pause_s=0.01)
-    half = events(chat_chunk("Hel"), done=False)
+    whole = events(chat_chunk("Hell"), chat_chunk("o.", usage=usage), pause_s=0.01)
+    half = events(chat_chunk("Hell"), done=False)
     upstream.behave = lambda _path, _headers, _body, nth: half if nth == 1 else whole
     async with Bench(data_dir, upstream, upstream={"stream": True}) as bench:
         batch = await bench.create("a", "b")

@@ -714,7 +714,7 @@ class TestTimes:
 class TestStream:
     async def test_a_stream_gives_the_reply_that_it_would_have_been(self) -> None:
         usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
-        action = events(chat_chunk("Hel"), chat_chunk("lo.", usage=usage), pause_s=0.01)
+        action = events(chat_chunk("Hell"), chat_chunk("o.", usage=usage), pause_s=0.01)
         async with ScriptedUpstream(lambda *_: action) as server:
             upstream = connect(server.base_url, streams=True)
             reply = await upstream.send(CHAT, REQUEST)

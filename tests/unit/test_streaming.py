@@ -113,9 +113,9 @@ def test_a_chat_is_put_together() -> None:
     usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
     data = stream(
         chunk(piece(role="assistant", content=""), system_fingerprint=None),
-        chunk(piece(content="Hel", reasoning_content="Hm")),
+        chunk(piece(content="Hell", reasoning_content="Hm")),
         chunk(piece(1, role="assistant", content="Bye")),
-        chunk(piece(content="lo.", reasoning_content="m."), system_fingerprint="fp"),
+        chunk(piece(content="o.", reasoning_content="m."), system_fingerprint="fp"),
         chunk(piece(0, "stop"), piece(1, "length")),
         chunk(usage=usage),
     )
@@ -238,8 +238,8 @@ def test_a_message_is_put_together() -> None:
         delta(0, "signature_delta", signature="sig"),
         {"type": "content_block_stop", "index": 0},
         begin(1, type="text", text=""),
-        delta(1, "text_delta", text="Hel"),
-        delta(1, "text_delta", text="lo"),
+        delta(1, "text_delta", text="Hell"),
+        delta(1, "text_delta", text="o"),
         delta(1, "citations_delta", citation={"url": "u"}),
         begin(2, type="tool_use", id="t", name="add", input={}),
         delta(2, "input_json_delta", partial_json='{"x": '),
@@ -270,8 +270,8 @@ def test_a_message_is_put_together() -> None:
 @pytest.mark.parametrize(
     ("endpoint", "data"),
     [
-        (CHAT, stream(chunk(piece(content="Hel")), done=False)),
-        (CHAT, stream(chunk(piece(content="Hel")), done=False) + b'data: {"id":"c'),
+        (CHAT, stream(chunk(piece(content="Hell")), done=False)),
+        (CHAT, stream(chunk(piece(content="Hell")), done=False) + b'data: {"id":"c'),
         (CHAT, b""),
         (TEXT, b": nothing\n\n"),
         (RESPONSES, named({"type": "response.created", "response": {}})),

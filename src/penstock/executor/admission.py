@@ -23,7 +23,6 @@ from penstock.executor.retry import RetryPolicy
 from penstock.upstream.base import EngineLoad, Failure, LineUpstream, Reply
 
 _REFUSALS = frozenset({429, 503, 529})
-_NO_COST = 0
 
 
 class Verdict(IntEnum):
@@ -119,7 +118,7 @@ class Admission:
     def take(self, model: str, body: bytes, now: float) -> Ticket:
         """Take the place of a line that may be sent. It is given back by `note` or `forget`."""
         self.in_flight += 1
-        tokens = self._estimate.cost(body) if self._tokens else _NO_COST
+        tokens = self._estimate.cost(body) if self._tokens else 0
         self._pay(now, requests=1, tokens=tokens)
         circuit = self._circuits.get(model) if self._circuits else None
         is_probe = circuit is not None and circuit.is_open
