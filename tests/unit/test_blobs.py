@@ -1,11 +1,15 @@
 """Blobs in a folder: the contract, and what is a disk's own."""
 
 import asyncio
+import errno
 import os
 import threading
+from collections.abc import AsyncIterator
 from pathlib import Path
 
+import obstore
 import pytest
+from obstore.exceptions import GenericError
 
 from penstock.blobs.objects import ObjectBlobs
 from penstock.errors import StorageUnavailable
@@ -120,3 +124,32 @@ async def test_what_a_dead_process_left_is_deleted_and_blobs_are_kept(
 
     assert keys == ["files/a"]
     assert raw.everything() == ["files/a"]
+
+
+@pytest.mark.parametrize("way", ["put", "put_made"])
+async def test_a_name_that_cannot_be_synced_leaves_nothing(
+    blobs: ObjectBlobs, raw: RawFolder, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    def fail(self: ObjectBlobs, key: str) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(ObjectBlobs, "_sync", fail)
+    with pytest.raises(StorageUnavailable, match="did not take a file"):
+        if way == "put":
+            await blobs.put("files/a", chunks_of(b"abc"))
+        else:
+            await blobs.put_made("files/a", iter([b"abc"]))
+
+    assert raw.everything() == []
+
+
+async def test_keys_that_cannot_be_listed_are_told(
+    blobs: ObjectBlobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> AsyncIterator[list[dict[str, str]]]:
+        raise GenericError("too many open files")
+        yield []
+
+    monkeypatch.setattr(obstore, "list", fail)
+    with pytest.raises(StorageUnavailable, match="too many open files"):
+        [key async for key in blobs.iter_keys("files")]

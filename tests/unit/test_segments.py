@@ -1,5 +1,6 @@
 """Segments: what was durable is read back, whatever happened to the disk or the process."""
 
+import errno
 import shutil
 import tempfile
 import tracemalloc
@@ -586,3 +587,33 @@ TestAnyCourseOfEvents = Segments.TestCase
 TestAnyCourseOfEvents.settings = settings(
     max_examples=60, stateful_step_count=30, deadline=None
 )
+
+
+def test_names_that_could_not_be_synced_are_synced_by_the_next_flush(
+    segments: LocalSegments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    failing = [True, True]
+
+    def sync(folder: Path) -> None:
+        if failing:
+            failing.pop()
+            raise OSError(errno.EIO, "Input/output error")
+        synced.append(folder)
+
+    monkeypatch.setattr("penstock.blobs.segments._sync_folder", sync)
+    writer = segments.open(BATCH, 0, 1)
+    writer.append(1, Kind.OUTPUT, payload(1), NO_TOKENS)
+    writer.prepare()
+    for _ in range(2):
+        with pytest.raises(OSError, match="Input/output"):
+            writer.flush()
+        assert writer.durable.completed == 0
+    writer.flush()
+    writer.append(2, Kind.OUTPUT, payload(2), NO_TOKENS)
+    writer.prepare()
+    writer.flush()
+    writer.close()
+
+    assert writer.durable.completed == 2
+    assert [folder.name for folder in synced] == [BATCH, synced[0].parent.name]

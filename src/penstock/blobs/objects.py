@@ -114,7 +114,11 @@ class ObjectBlobs:
                 os.close(file)
             with _writing():
                 part.rename(path)
-                self._sync(key)
+                try:
+                    self._sync(key)
+                except OSError:
+                    path.unlink(missing_ok=True)
+                    raise
         except BaseException:
             part.unlink(missing_ok=True)
             raise
@@ -161,7 +165,12 @@ class ObjectBlobs:
 
     async def iter_keys(self, prefix: str) -> AsyncIterator[str]:
         pages: AsyncIterable[Sequence[ObjectMeta]] = obstore.list(self._store, prefix)  # pyright: ignore[reportUnknownMemberType]
-        async for page in pages:
+        walk = aiter(pages)
+        while True:
+            with _reading(prefix):
+                page = await anext(walk, None)
+            if page is None:
+                return
             for entry in page:
                 yield entry["path"]
 
@@ -176,7 +185,8 @@ class ObjectBlobs:
     def _sync(self, key: str) -> None:
         """Make a renamed file survive a loss of power."""
         path = self._root / key
-        for target in (path, path.parent):
+        # The folder of the first file in it may be new as well.
+        for target in (path, path.parent, self._root):
             descriptor = os.open(target, os.O_RDONLY)
             try:
                 os.fsync(descriptor)

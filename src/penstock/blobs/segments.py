@@ -114,6 +114,9 @@ class SegmentWriter:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = -1
+        self._is_named = False
+        """Whether its name would survive a loss of power."""
+        self._is_folder_named = True
         self._offset = 0
         self._waiting: list[bytes] = []
         self._prepared: list[bytes] = []
@@ -157,9 +160,18 @@ class SegmentWriter:
             return
         data = b"".join(self._prepared)
         if self._file < 0:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._path.parent.mkdir()
+                self._is_folder_named = False
+            except FileExistsError:
+                pass
             self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if not self._is_named:
             _sync_folder(self._path.parent)
+            self._is_named = True
+        if not self._is_folder_named:
+            _sync_folder(self._path.parent.parent)
+            self._is_folder_named = True
         try:
             _write_all(self._file, data, self._offset)
             os.fdatasync(self._file)
@@ -321,6 +333,7 @@ class LocalSegments:
 
     def __init__(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
+        _sync_folder(root)  # a process may have ended before it could
         self._root = root
 
     def open(self, batch_id: BatchId, index: int, attempt: int) -> SegmentWriter:
@@ -339,12 +352,16 @@ class LocalSegments:
         earlier = [each for each in self._attempts(batch_id, index) if each.name < path.name]
         writer = SegmentWriter(path)
         if earlier:
-            with _read(earlier) as replies:
-                for record, payload in replies.iter_records():
-                    writer.append(record.line, record.kind, payload, record.tokens)
-                    if writer.waiting_bytes > _WHOLE_BYTES:
-                        _flush(writer)
-            _flush(writer)
+            try:
+                with _read(earlier) as replies:
+                    for record, payload in replies.iter_records():
+                        writer.append(record.line, record.kind, payload, record.tokens)
+                        if writer.waiting_bytes > _WHOLE_BYTES:
+                            _flush(writer)
+                _flush(writer)
+            except BaseException:
+                writer.close()
+                raise
             for path in earlier:
                 path.unlink(missing_ok=True)
         return writer
@@ -376,7 +393,12 @@ class LocalSegments:
 
     def _attempts(self, batch_id: BatchId, index: int) -> list[Path]:
         """The segments of a slice, oldest attempt first."""
-        return sorted((self._root / batch_id).glob(f"{index:08d}.*"))
+        folder, start = self._root / batch_id, f"{index:08d}."
+        try:  # `glob` would take a folder that cannot be read for an empty one
+            names = [path.name for path in folder.iterdir()]
+        except FileNotFoundError:
+            return []
+        return [folder / name for name in sorted(names) if name.startswith(start)]
 
 
 def _read(paths: list[Path]) -> SliceReplies:
@@ -391,11 +413,7 @@ def _read(paths: list[Path]) -> SliceReplies:
 
 def _flush(writer: SegmentWriter) -> None:
     writer.prepare()
-    try:
-        writer.flush()
-    except OSError:
-        writer.close()
-        raise
+    writer.flush()
 
 
 def _sync_folder(path: Path) -> None:
