@@ -129,6 +129,8 @@ class Project:
     name: str
     weight: int = 1
     """Its share of the workers beside other projects that have work, from 1."""
+    is_background: bool = False
+    """Whether its lines run only where other projects leave room."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -132,6 +132,55 @@ class SliceReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentObject:
+    """An object that holds replies of one attempt at a slice, where segments are objects."""
+
+    batch_id: BatchId
+    index: int
+    """The slice's place in the batch."""
+    attempt: int
+    number: int
+    """Its place among those of the attempt, from 0."""
+    key: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetRequest:
+    """What a worker asks of an upstream that it shares with others."""
+
+    upstream: str
+    max_concurrency: int
+    """How many requests all workers together may have in flight."""
+    requests_per_minute: int
+    """0: no limit."""
+    tokens_per_minute: int
+    """0: no limit."""
+    demand: int
+    """How many requests it could have in flight now, had it the upstream to itself."""
+    in_flight: int
+    """How many it has."""
+    refused_at: float | None = None
+    """When the upstream last refused it for too much work; None if that is told already."""
+    held_until: float | None = None
+    """Until when the upstream asked to be left alone; None if it did not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """A worker's part of an upstream, until its lease ends."""
+
+    upstream: str
+    concurrency: int
+    requests_per_minute: float
+    """0 with no limit; else above 0 as long as `concurrency` is."""
+    tokens_per_minute: float
+    refused_at: float | None
+    """When the upstream last refused any worker."""
+    held_until: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeliveryReport:
     """What one attempt at a delivery brought."""
 
@@ -168,6 +217,10 @@ class Store(Protocol):
 
     async def close(self) -> None:
         """Let go of the database. A second call does nothing."""
+        ...
+
+    async def read_clock(self) -> float:
+        """The time by which leases are measured, the same for all that use this database."""
         ...
 
     async def ping(self) -> None:
@@ -443,8 +496,15 @@ class Store(Protocol):
         """
         ...
 
-    async def list_pending(self, batch_id: BatchId, *, limit: int) -> list[Slice]:
-        """The first pending slices of a batch, in input order."""
+    async def list_pending(
+        self, batch_id: BatchId, *, limit: int, share: tuple[int, int] = (0, 1)
+    ) -> list[Slice]:
+        """The first pending slices of a batch, in input order.
+
+        Args:
+            share: `(part, parts)`: only those whose index, divided by `parts`, leaves `part`,
+                so that workers which share a batch seldom reach for the same slice.
+        """
         ...
 
     async def get_slices(
@@ -501,6 +561,79 @@ class Store(Protocol):
         """
         ...
 
+    async def release_slices(self, *, now: float) -> int:
+        """Make running slices pending whose lease has ended: their workers are taken to be
+        dead. Where it was the last running one of a batch that is `cancelling` or past its
+        window, the batch's `finalize` job is enqueued.
+
+        Returns:
+            How many there were.
+        """
+        ...
+
     async def forget_slices(self, batch_id: BatchId) -> None:
         """Delete the slices of a final batch, whose files hold all there is to know."""
+        ...
+
+    # Segments that are objects
+
+    async def add_segment_objects(self, objects: Sequence[SegmentObject]) -> set[SliceId]:
+        """Name objects whose bytes are durable already.
+
+        Returns:
+            The slices that are not running, or not at the objects' attempt: they were lost to
+            another claim, and nothing of them was named.
+        """
+        ...
+
+    async def replace_segment_objects(self, whole: SegmentObject) -> bool:
+        """Name one object in place of all that this attempt at a slice, and those before it,
+        have named.
+
+        Returns:
+            False if the slice was lost to another claim: nothing was changed.
+        """
+        ...
+
+    async def list_segment_objects(
+        self, batch_id: BatchId, *, first: int = 0, last: int | None = None
+    ) -> list[SegmentObject]:
+        """The objects of a batch, of the slices from `first` to `last` (None: to the end), by
+        slice, attempt and number."""
+        ...
+
+    async def forget_segment_objects(self, batch_id: BatchId) -> None:
+        """Name no objects of a batch any more."""
+        ...
+
+    async def list_segment_batches(self) -> list[BatchId]:
+        """The batches of which objects are named."""
+        ...
+
+    # Workers and what they share
+
+    async def keep_worker(self, worker_id: str, *, version: str, now: float) -> None:
+        """Say that a worker lives."""
+        ...
+
+    async def list_workers(self, *, seen_after: float) -> list[str]:
+        """The IDs of the workers that were seen after a time, in their order."""
+        ...
+
+    async def forget_worker(self, worker_id: str) -> None:
+        """Forget a worker that has ended, and the budgets that it held."""
+        ...
+
+    async def lease_budgets(
+        self, worker_id: str, requests: Sequence[BudgetRequest], *, lease_s: float, now: float
+    ) -> list[Budget]:
+        """Renew a worker's part of each upstream, by what it and the others can use.
+
+        At no time do the parts of an upstream whose leases have not ended add up to more than
+        it may have: who asks for more than is free waits until others have renewed theirs. A
+        worker keeps at least a part as large as what it has in flight.
+
+        Returns:
+            In the order of `requests`. A part may be 0.
+        """
         ...

@@ -23,6 +23,7 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    false,
 )
 
 from penstock.model import BatchStatus, DeliveryStatus, SliceStatus, UploadStatus
@@ -64,6 +65,10 @@ projects = Table(
     Column("id", Text, primary_key=True),
     Column("name", Text, nullable=False, unique=True),
     Column("weight", Integer, nullable=False),
+    # Whether its lines run only where others leave room.
+    Column(
+        "is_background", Boolean, nullable=False, default=False, server_default=false()
+    ),
     CheckConstraint("weight >= 1", name="weight"),
 )
 
@@ -181,6 +186,7 @@ slices = Table(
     CheckConstraint("(status = 'running') = (worker_id IS NOT NULL)", name="worker"),
     CheckConstraint("(status = 'running') = (lease_expires_at IS NOT NULL)", name="lease"),
     Index("ix_slices_status", "batch_id", "status", "index"),
+    Index("ix_slices_lease", "lease_expires_at"),
 )
 
 uploads = Table(
@@ -272,4 +278,48 @@ deliveries = Table(
     CheckConstraint("(status = 'pending') = (ended_at IS NULL)", name="ended"),
     Index("ix_deliveries_status", "status", "next_attempt_at"),
     Index("ix_deliveries_ended", "ended_at"),
+)
+
+segment_objects = Table(
+    "segment_objects",
+    metadata,
+    Column("batch_id", Text, ForeignKey("batches.id"), primary_key=True),
+    Column("index", Integer, primary_key=True, autoincrement=False),
+    Column("attempt", Integer, primary_key=True, autoincrement=False),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("key", Text, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    CheckConstraint("bytes >= 0", name="bytes"),
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("version", Text, nullable=False),
+    Column("started_at", Double, nullable=False),
+    Column("seen_at", Double, nullable=False),
+    Index("ix_workers_seen", "seen_at"),
+)
+
+budgets = Table(
+    "budgets",
+    metadata,
+    # One row for each upstream; who changes a lease locks it.
+    Column("upstream", Text, primary_key=True),
+    Column("refused_at", Double),
+    Column("held_until", Double),
+)
+
+budget_leases = Table(
+    "budget_leases",
+    metadata,
+    Column("upstream", Text, ForeignKey("budgets.upstream"), primary_key=True),
+    Column("worker_id", Text, primary_key=True),
+    Column("demand", Integer, nullable=False),
+    Column("concurrency", Integer, nullable=False),
+    Column("requests_per_minute", Double, nullable=False),
+    Column("tokens_per_minute", Double, nullable=False),
+    Column("expires_at", Double, nullable=False),
+    CheckConstraint("demand >= 0 AND concurrency >= 0", name="counts"),
 )

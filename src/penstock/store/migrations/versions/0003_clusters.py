@@ -1,0 +1,50 @@
+"""What many workers share: objects that hold replies, workers, budgets; a background tier."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+
+
+def upgrade() -> None:
+    op.add_column(
+        "projects",
+        sa.Column("is_background", sa.Boolean, nullable=False, server_default=sa.false()),
+    )
+    op.create_index("ix_slices_lease", "slices", ["lease_expires_at"])
+    op.create_table(
+        "segment_objects",
+        sa.Column("batch_id", sa.Text, sa.ForeignKey("batches.id"), primary_key=True),
+        sa.Column("index", sa.Integer, primary_key=True, autoincrement=False),
+        sa.Column("attempt", sa.Integer, primary_key=True, autoincrement=False),
+        sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+        sa.Column("key", sa.Text, nullable=False),
+        sa.Column("bytes", sa.BigInteger, nullable=False),
+        sa.CheckConstraint("bytes >= 0", name="bytes"),
+    )
+    op.create_table(
+        "workers",
+        sa.Column("id", sa.Text, primary_key=True),
+        sa.Column("version", sa.Text, nullable=False),
+        sa.Column("started_at", sa.Double, nullable=False),
+        sa.Column("seen_at", sa.Double, nullable=False),
+    )
+    op.create_index("ix_workers_seen", "workers", ["seen_at"])
+    op.create_table(
+        "budgets",
+        sa.Column("upstream", sa.Text, primary_key=True),
+        sa.Column("refused_at", sa.Double),
+        sa.Column("held_until", sa.Double),
+    )
+    op.create_table(
+        "budget_leases",
+        sa.Column("upstream", sa.Text, sa.ForeignKey("budgets.upstream"), primary_key=True),
+        sa.Column("worker_id", sa.Text, primary_key=True),
+        sa.Column("demand", sa.Integer, nullable=False),
+        sa.Column("concurrency", sa.Integer, nullable=False),
+        sa.Column("requests_per_minute", sa.Double, nullable=False),
+        sa.Column("tokens_per_minute", sa.Double, nullable=False),
+        sa.Column("expires_at", sa.Double, nullable=False),
+        sa.CheckConstraint("demand >= 0 AND concurrency >= 0", name="counts"),
+    )
