@@ -28,8 +28,8 @@ import uvicorn
 
 from penstock import __version__
 from penstock.api.routes import create_api
+from penstock.blobs.local_segments import LocalSegments
 from penstock.blobs.objects import ObjectBlobs
-from penstock.blobs.segments import LocalSegments
 from penstock.engine.pgqueuer import MemoryEngine
 from penstock.errors import DataDirInUse, InvalidSettings
 from penstock.executor.admission import AdmissionPolicy

@@ -156,10 +156,11 @@ class File:
     purpose: Purpose
     filename: str
     bytes: int
-    sha256: str
     blob_key: str
     created_at: int
     expires_at: int | None = None
+    sha256: str = ""
+    """Of what was uploaded, in hex; empty if the service made the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,8 +24,9 @@ from fastapi import FastAPI
 from openai import DefaultHttpxClient, OpenAI
 
 from penstock.api.routes import create_api
+from penstock.blobs.local_segments import LocalSegments
 from penstock.blobs.objects import ObjectBlobs
-from penstock.blobs.segments import Kind, LocalSegments
+from penstock.blobs.segments import Kind
 from penstock.executor.partial import PartialResults
 from penstock.model import (
     ApiKey,
@@ -247,7 +248,7 @@ class Tenant:
     def write_reply(self, batch_id: str, line: int, payload: bytes, *, is_good: bool) -> None:
         """Write one reply as a worker does, and make it durable."""
         attempt = 1
-        writer = self.server.segments.open(BatchId(batch_id), 0, attempt)
+        writer = self.server.segments.open(BatchId(batch_id), 0, attempt, requests=0)
         writer.append(line, Kind.OUTPUT if is_good else Kind.ERROR, payload, (0,) * 5)
         writer.prepare()
         writer.flush()

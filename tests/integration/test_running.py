@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from penstock.blobs.local_segments import LocalWriter
 from penstock.blobs.objects import ObjectBlobs
-from penstock.blobs.segments import Kind, SegmentWriter
+from penstock.blobs.segments import Kind
 from penstock.errors import DataDirInUse, NotFound
 from penstock.model import BatchStatus, Counts, File, FileId, Purpose, SliceStatus, Usage
 from penstock.service import Service, ServiceLimits
@@ -529,15 +530,16 @@ async def test_a_batch_whose_window_closes_keeps_what_it_has_and_names_the_rest(
 
 
 def flip_a_byte(path: Path, after: bytes) -> list[str]:
-    """Damage the record that holds `after`; the custom IDs from there to the segment's end."""
+    """Damage the group that holds `after`; the custom IDs from its start to the file's end."""
     data = bytearray(path.read_bytes())
     place = data.index(after)
     data[place + len(after) + 20] ^= 1
     path.write_bytes(data)
-    return [found.decode() for found in re.findall(rb'"custom_id":"(\w+)"', data[place:])]
+    group = data.rindex(b"\x54\x50\x00", 0, place)  # as little-endian numbers: magic, type
+    return [found.decode() for found in re.findall(rb'"custom_id":"(\w+)"', data[group:])]
 
 
-async def test_a_damaged_reply_is_noticed_and_its_line_alone_is_sent_again(
+async def test_damage_is_noticed_and_only_what_was_kept_with_it_is_sent_again(
     data_dir: Path, upstream: ScriptedUpstream
 ) -> None:
     go = asyncio.Event()
@@ -545,7 +547,7 @@ async def test_a_damaged_reply_is_noticed_and_its_line_alone_is_sent_again(
     async with Bench(data_dir, upstream, worker={"slice_requests": 3}) as bench:
         batch = await bench.create("a", "b", "c", "d", "e", "f")
         await bench.wait_until_slices_ended(batch, 0)
-        # What follows damage in a segment cannot be told from it.
+        # What was flushed together shares a checksum; what follows it cannot be told from it.
         lost = flip_a_byte(bench.segment(batch, 0), after=b'"custom_id":"b"')
         go.set()
 
@@ -615,7 +617,7 @@ async def test_what_a_late_writer_left_beside_an_ended_slice_is_ignored(
     async with Bench(data_dir, upstream, worker={"slice_requests": 2}) as bench:
         batch = await bench.create("a", "b", "c", "d")
         await bench.wait_until_slices_ended(batch, 0)
-        late = SegmentWriter(bench.segment(batch, 0).with_suffix(".000000"))
+        late = LocalWriter(bench.segment(batch, 0).with_suffix(".000000"))
         for number in (1, 3):
             late.append(number, Kind.OUTPUT, b'{"custom_id":"late"}\n', (0, 0, 0, 0, 0))
         late.prepare()

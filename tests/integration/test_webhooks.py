@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
+from penstock.blobs.local_segments import LocalSegments
 from penstock.blobs.objects import ObjectBlobs
-from penstock.blobs.segments import LocalSegments
 from penstock.engine.pgqueuer import MemoryEngine
 from penstock.errors import StorageUnavailable
 from penstock.executor.upkeep import recover

@@ -138,7 +138,7 @@ async def test_a_name_that_cannot_be_synced_leaves_nothing(
         if way == "put":
             await blobs.put("files/a", chunks_of(b"abc"))
         else:
-            await blobs.put_made("files/a", iter([b"abc"]))
+            await blobs.put_made("files/a", iter([[b"abc"]]))
 
     assert raw.everything() == []
 

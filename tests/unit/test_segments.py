@@ -2,6 +2,7 @@
 
 import errno
 import shutil
+import struct
 import tempfile
 import tracemalloc
 from collections.abc import Iterator
@@ -18,11 +19,14 @@ from hypothesis.stateful import (
     rule,
 )
 
-from penstock.blobs.segments import Kind, LocalSegments, SegmentWriter
+from penstock.blobs.local_segments import FileSource, LocalSegments, LocalWriter
+from penstock.blobs.segments import Kind, SegmentReader, Tally
 from penstock.model import BatchId, Usage
 from tests.disks import SmallDisk, small_disk
 
 BATCH = BatchId("batch-1")
+LINES = 12
+"""How many lines a slice has here."""
 NO_TOKENS = (0, 0, 0, 0, 0)
 MB = 1 << 20
 
@@ -38,7 +42,7 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
         yield disk
 
 
-def keep(writer: SegmentWriter, *lines: int, kind: Kind = Kind.OUTPUT, text: str = "") -> None:
+def keep(writer: LocalWriter, *lines: int, kind: Kind = Kind.OUTPUT, text: str = "") -> None:
     """Append a reply to each of these lines and make it durable."""
     for line in lines:
         writer.append(line, kind, payload(line, text), NO_TOKENS)
@@ -66,7 +70,7 @@ def file_of(folder: Path) -> Path:
 
 
 def test_what_was_flushed_is_read_back_in_line_order(segments: LocalSegments) -> None:
-    writer = segments.open(BATCH, 0, 1)
+    writer = segments.open(BATCH, 0, 1, requests=LINES)
 
     keep(writer, 3, 1, 2)
 
@@ -75,7 +79,7 @@ def test_what_was_flushed_is_read_back_in_line_order(segments: LocalSegments) ->
 
 
 def test_what_was_not_flushed_is_not_there(segments: LocalSegments) -> None:
-    writer = segments.open(BATCH, 0, 1)
+    writer = segments.open(BATCH, 0, 1, requests=LINES)
     keep(writer, 1)
 
     writer.append(2, Kind.OUTPUT, payload(2), NO_TOKENS)
@@ -90,7 +94,7 @@ def test_what_was_not_flushed_is_not_there(segments: LocalSegments) -> None:
 
 
 def test_what_is_durable_is_not_written_again(segments: LocalSegments, tmp_path: Path) -> None:
-    writer = segments.open(BATCH, 0, 1)
+    writer = segments.open(BATCH, 0, 1, requests=LINES)
     keep(writer, 1)
     size = file_of(tmp_path).stat().st_size
 
@@ -108,7 +112,7 @@ def test_a_slice_without_segments_has_no_replies(segments: LocalSegments) -> Non
 
 
 def test_slices_of_a_batch_do_not_mix(segments: LocalSegments) -> None:
-    writers = [segments.open(BATCH, index, 1) for index in (0, 1, 10)]
+    writers = [segments.open(BATCH, index, 1, requests=LINES) for index in (0, 1, 10)]
     for line, writer in enumerate(writers, 1):
         keep(writer, line)
         writer.close()
@@ -121,7 +125,7 @@ def test_slices_of_a_batch_do_not_mix(segments: LocalSegments) -> None:
 def test_pieces_are_the_replies_of_the_asked_kinds_in_line_order(
     segments: LocalSegments,
 ) -> None:
-    writer = segments.open(BATCH, 0, 1)
+    writer = segments.open(BATCH, 0, 1, requests=LINES)
     keep(writer, 4, 1)
     keep(writer, 5, 3, kind=Kind.ERROR)
     writer.close()
@@ -137,7 +141,7 @@ def test_pieces_are_the_replies_of_the_asked_kinds_in_line_order(
 
 
 def test_the_tally_counts_lines_by_kind_and_sums_their_tokens(segments: LocalSegments) -> None:
-    writer = segments.open(BATCH, 0, 1)
+    writer = segments.open(BATCH, 0, 1, requests=LINES)
     writer.append(1, Kind.OUTPUT, payload(1), (1, 2, 3, 4, 5))
     writer.append(2, Kind.ERROR, payload(2), NO_TOKENS)
     writer.append(3, Kind.OUTPUT, payload(3), (10, 20, 30, 40, 50))
@@ -164,7 +168,7 @@ def test_the_tally_counts_lines_by_kind_and_sums_their_tokens(segments: LocalSeg
 def test_a_tally_that_was_read_does_not_change_when_more_is_kept(
     segments: LocalSegments,
 ) -> None:
-    writer = segments.open(BATCH, 0, 1)
+    writer = segments.open(BATCH, 0, 1, requests=LINES)
     keep(writer, 1)
     before = writer.durable
 
@@ -175,7 +179,7 @@ def test_a_tally_that_was_read_does_not_change_when_more_is_kept(
 
 
 def test_a_count_of_tokens_that_no_field_holds_is_cut(segments: LocalSegments) -> None:
-    writer = segments.open(BATCH, 0, 1)
+    writer = segments.open(BATCH, 0, 1, requests=LINES)
     writer.append(1, Kind.OUTPUT, payload(1), (2**40, 0, 0, 0, 2**40))
     writer.prepare()
     writer.flush()
@@ -187,7 +191,7 @@ def test_a_count_of_tokens_that_no_field_holds_is_cut(segments: LocalSegments) -
 
 def test_deleting_a_batch_takes_its_segments_and_no_others(segments: LocalSegments) -> None:
     for batch_id in (BATCH, BatchId("batch-2")):
-        writer = segments.open(batch_id, 0, 1)
+        writer = segments.open(batch_id, 0, 1, requests=LINES)
         keep(writer, 1)
         writer.close()
 
@@ -198,13 +202,114 @@ def test_deleting_a_batch_takes_its_segments_and_no_others(segments: LocalSegmen
     assert read(segments) == {}
 
 
+# Seals
+
+
+def results(segments: LocalSegments, kind: Kind) -> bytes:
+    """A result file of slice 0 as the finalizer writes it."""
+    with segments.read(BATCH, 0) as replies:
+        return b"".join(bytes(each) for some in replies.iter_results(kind) for each in some)
+
+
+def is_sealed(folder: Path) -> bool:
+    reader = SegmentReader(FileSource(file_of(folder)))
+    reader.close()
+    return reader.seal is not None
+
+
+def keep_whole_slice(segments: LocalSegments, text: str = "") -> Tally:
+    """Replies of all lines, out of order, in three flushes, errors among them."""
+    writer = segments.open(BATCH, 0, 1, requests=LINES)
+    keep(writer, 7, 3, 1, text=text)
+    keep(writer, 2, 8, kind=Kind.ERROR, text=text)
+    keep(writer, 12, 11, 10, 9, 6, 5, 4, text=text)
+    writer.close()
+    return writer.durable
+
+
+@pytest.mark.parametrize("text", ["", "x" * MB])
+def test_a_slice_with_all_its_replies_is_sealed_and_reads_the_same(
+    segments: LocalSegments, tmp_path: Path, text: str
+) -> None:
+    told = keep_whole_slice(segments, text)
+
+    assert is_sealed(tmp_path)
+    good = [line for line in range(1, LINES + 1) if line not in (2, 8)]
+    assert results(segments, Kind.OUTPUT) == b"".join(payload(line, text) for line in good)
+    assert results(segments, Kind.ERROR) == payload(2, text) + payload(8, text)
+    assert list(read(segments)) == list(range(1, LINES + 1))
+    with segments.read(BATCH, 0, attempt=1) as replies:
+        assert replies.tally() == told
+        assert (told.completed, told.failed) == (10, 2)
+
+
+def test_a_slice_that_lacks_a_reply_is_not_sealed(
+    segments: LocalSegments, tmp_path: Path
+) -> None:
+    writer = segments.open(BATCH, 0, 1, requests=LINES)
+    keep(writer, *range(1, LINES))
+    assert not is_sealed(tmp_path)
+
+    keep(writer, LINES)
+    assert is_sealed(tmp_path)
+    writer.close()
+
+
+def test_a_seal_that_is_torn_or_damaged_only_costs_time(
+    segments: LocalSegments, tmp_path: Path
+) -> None:
+    keep_whole_slice(segments)
+    file = file_of(tmp_path)
+    whole, output = file.read_bytes(), results(segments, Kind.OUTPUT)
+    [offset] = struct.unpack("<Q", whole[-8:])
+
+    for size in range(offset, len(whole)):
+        file.write_bytes(whole[:size])
+        assert not is_sealed(tmp_path)
+        assert results(segments, Kind.OUTPUT) == output, size
+    for place in range(offset, len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x10
+        file.write_bytes(damaged)
+        assert not is_sealed(tmp_path)
+        assert results(segments, Kind.OUTPUT) == output, place
+
+
+def test_a_seal_does_not_hide_damage_before_it(segments: LocalSegments, tmp_path: Path) -> None:
+    keep_whole_slice(segments)
+    file = file_of(tmp_path)
+    whole = file.read_bytes()
+    [offset] = struct.unpack("<Q", whole[-8:])
+
+    for place in range(offset):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x10
+        file.write_bytes(damaged)
+        with segments.read(BATCH, 0) as replies:
+            tally = replies.tally()
+        assert tally.completed + tally.failed < LINES, place
+
+
+def test_an_attempt_that_takes_over_all_replies_is_sealed(
+    segments: LocalSegments, tmp_path: Path
+) -> None:
+    keep_whole_slice(segments)
+    before = results(segments, Kind.OUTPUT), results(segments, Kind.ERROR)
+
+    segments.open(BATCH, 0, 2, requests=LINES).close()
+
+    assert file_of(tmp_path).name.endswith(".000002")
+    assert is_sealed(tmp_path)
+    assert (results(segments, Kind.OUTPUT), results(segments, Kind.ERROR)) == before
+
+
 # Damage
 
 
 def test_a_write_torn_at_any_byte_costs_only_itself(
     segments: LocalSegments, tmp_path: Path
 ) -> None:
-    writer = segments.open(BATCH, 0, 1)
+    writer = segments.open(BATCH, 0, 1, requests=LINES)
     ends = []
     path = tmp_path / "segments"
     for line in (1, 2, 3):
@@ -221,7 +326,7 @@ def test_a_write_torn_at_any_byte_costs_only_itself(
 
 
 def test_a_tail_of_zeros_is_no_reply(segments: LocalSegments, tmp_path: Path) -> None:
-    writer = segments.open(BATCH, 0, 1)
+    writer = segments.open(BATCH, 0, 1, requests=LINES)
     keep(writer, 1, 2)
     writer.close()
     file = file_of(tmp_path / "segments")
@@ -235,7 +340,7 @@ def test_a_tail_of_zeros_is_no_reply(segments: LocalSegments, tmp_path: Path) ->
 def test_a_write_of_which_only_the_length_reached_the_disk_is_no_reply(
     segments: LocalSegments, tmp_path: Path
 ) -> None:
-    writer = segments.open(BATCH, 0, 1)
+    writer = segments.open(BATCH, 0, 1, requests=LINES)
     keep(writer, 1)
     file = file_of(tmp_path / "segments")
     before = file.stat().st_size
@@ -249,7 +354,7 @@ def test_a_write_of_which_only_the_length_reached_the_disk_is_no_reply(
 
 
 def test_a_flipped_bit_anywhere_is_found(segments: LocalSegments, tmp_path: Path) -> None:
-    writer = segments.open(BATCH, 0, 1)
+    writer = segments.open(BATCH, 0, 1, requests=LINES)
     keep(writer, 1)
     file = file_of(tmp_path / "segments")
     first = file.stat().st_size
@@ -271,7 +376,7 @@ def test_a_flipped_bit_anywhere_is_found(segments: LocalSegments, tmp_path: Path
 def test_damage_to_a_large_segment_is_found_too(
     segments: LocalSegments, tmp_path: Path
 ) -> None:
-    writer = segments.open(BATCH, 0, 1)
+    writer = segments.open(BATCH, 0, 1, requests=LINES)
     text = "x" * (3 * MB)
     keep(writer, 1, 2, 3, text=text)
     writer.close()
@@ -291,13 +396,15 @@ def test_damage_to_a_large_segment_is_found_too(
 def test_what_follows_a_torn_tail_is_taken_over_by_the_next_attempt(
     segments: LocalSegments, tmp_path: Path
 ) -> None:
-    writer = segments.open(BATCH, 0, 1)
-    keep(writer, 1, 2)
+    writer = segments.open(BATCH, 0, 1, requests=LINES)
+    keep(writer, 1)
+    keep(writer, 2)
     writer.close()
     file = file_of(tmp_path / "segments")
     file.write_bytes(file.read_bytes()[:-1])
+    assert list(read(segments)) == [1]
 
-    second = segments.open(BATCH, 0, 2)
+    second = segments.open(BATCH, 0, 2, requests=LINES)
     keep(second, 2, 3)
     second.close()
 
@@ -310,13 +417,13 @@ def test_what_follows_a_torn_tail_is_taken_over_by_the_next_attempt(
 def test_the_next_attempt_starts_with_what_the_last_one_kept(
     segments: LocalSegments, tmp_path: Path
 ) -> None:
-    first = segments.open(BATCH, 0, 1)
+    first = segments.open(BATCH, 0, 1, requests=LINES)
     keep(first, 1, 3)
     keep(first, 2, kind=Kind.ERROR)
     first.append(4, Kind.OUTPUT, payload(4), NO_TOKENS)
     first.close()
 
-    second = segments.open(BATCH, 0, 2)
+    second = segments.open(BATCH, 0, 2, requests=LINES)
 
     assert second.lines == {1, 2, 3}
     assert (second.durable.completed, second.durable.failed) == (2, 1)
@@ -327,9 +434,9 @@ def test_the_next_attempt_starts_with_what_the_last_one_kept(
 
 
 def test_a_writer_of_an_older_attempt_writes_into_the_void(segments: LocalSegments) -> None:
-    late = segments.open(BATCH, 0, 1)
+    late = segments.open(BATCH, 0, 1, requests=LINES)
     keep(late, 1)
-    newest = segments.open(BATCH, 0, 2)
+    newest = segments.open(BATCH, 0, 2, requests=LINES)
 
     keep(late, 2, text="late")
     keep(newest, 2, text="new")
@@ -342,8 +449,8 @@ def test_a_writer_of_an_older_attempt_writes_into_the_void(segments: LocalSegmen
 def test_an_older_attempt_that_writes_for_the_first_time_does_not_reach_the_newest(
     segments: LocalSegments,
 ) -> None:
-    late = segments.open(BATCH, 0, 1)
-    newest = segments.open(BATCH, 0, 2)
+    late = segments.open(BATCH, 0, 1, requests=LINES)
+    newest = segments.open(BATCH, 0, 2, requests=LINES)
     keep(newest, 2, text="new")
 
     keep(late, 1, 2, text="late")
@@ -357,10 +464,10 @@ def test_an_older_attempt_that_writes_for_the_first_time_does_not_reach_the_newe
 def test_an_older_attempt_that_opens_late_takes_nothing_from_the_newest(
     segments: LocalSegments,
 ) -> None:
-    newest = segments.open(BATCH, 0, 3)
+    newest = segments.open(BATCH, 0, 3, requests=LINES)
     keep(newest, 1)
 
-    late = segments.open(BATCH, 0, 2)
+    late = segments.open(BATCH, 0, 2, requests=LINES)
     keep(late, 2, text="late")
     keep(newest, 2)
 
@@ -372,17 +479,17 @@ def test_an_older_attempt_that_opens_late_takes_nothing_from_the_newest(
 def test_a_process_that_died_while_it_took_over_has_lost_nothing(
     segments: LocalSegments, tmp_path: Path
 ) -> None:
-    first = segments.open(BATCH, 0, 1)
+    first = segments.open(BATCH, 0, 1, requests=LINES)
     keep(first, 1, 2, 3)
     first.close()
     old = file_of(tmp_path)
     kept = old.read_bytes()
-    segments.open(BATCH, 0, 2).close()
+    segments.open(BATCH, 0, 2, requests=LINES).close()
     new = file_of(tmp_path)
 
     old.write_bytes(kept)
     new.write_bytes(new.read_bytes()[:50])
-    third = segments.open(BATCH, 0, 3)
+    third = segments.open(BATCH, 0, 3, requests=LINES)
 
     assert third.lines == {1, 2, 3}
     assert read(segments, attempt=3) == {line: payload(line) for line in (1, 2, 3)}
@@ -390,12 +497,12 @@ def test_a_process_that_died_while_it_took_over_has_lost_nothing(
 
 
 def test_a_reader_is_not_disturbed_by_the_next_attempt(segments: LocalSegments) -> None:
-    first = segments.open(BATCH, 0, 1)
+    first = segments.open(BATCH, 0, 1, requests=LINES)
     keep(first, 1, 2)
     first.close()
 
     with segments.read(BATCH, 0) as replies:
-        segments.open(BATCH, 0, 2).close()
+        segments.open(BATCH, 0, 2, requests=LINES).close()
         pieces = b"".join(replies.iter_pieces(Kind.OUTPUT))
 
     assert pieces == payload(1) + payload(2)
@@ -408,7 +515,7 @@ def test_a_flush_that_failed_may_be_repeated_and_loses_and_doubles_nothing(
     disk: SmallDisk,
 ) -> None:
     segments = LocalSegments(disk.path / "segments")
-    writer = segments.open(BATCH, 0, 1)
+    writer = segments.open(BATCH, 0, 1, requests=LINES)
     keep(writer, 1)
     disk.fill(leave=16_384)
     for line in (2, 3, 4):
@@ -436,17 +543,17 @@ def test_a_flush_that_failed_may_be_repeated_and_loses_and_doubles_nothing(
 
 def test_a_takeover_that_failed_may_be_repeated_and_loses_nothing(disk: SmallDisk) -> None:
     segments = LocalSegments(disk.path / "segments")
-    first = segments.open(BATCH, 0, 1)
+    first = segments.open(BATCH, 0, 1, requests=LINES)
     keep(first, 1, 2, text="x" * 20_000)
     first.close()
     disk.fill(leave=16_384)
 
     for _ in range(2):
         with pytest.raises(OSError, match="No space"):
-            segments.open(BATCH, 0, 2)
+            segments.open(BATCH, 0, 2, requests=LINES)
         assert set(read(segments)) == {1, 2}
     disk.make_room()
-    second = segments.open(BATCH, 0, 2)
+    second = segments.open(BATCH, 0, 2, requests=LINES)
 
     assert second.lines == {1, 2}
     assert set(read(segments, attempt=2)) == {1, 2}
@@ -460,14 +567,14 @@ def test_segments_larger_than_memory_should_be_are_read_and_taken_over_in_pieces
     segments: LocalSegments,
 ) -> None:
     reply_bytes, replies = 2 * MB, 20
-    writer = segments.open(BATCH, 0, 1)
+    writer = segments.open(BATCH, 0, 1, requests=replies)
     for line in range(1, replies + 1):
         keep(writer, line, text="x" * reply_bytes)
     writer.close()
 
     tracemalloc.start()
     try:
-        second = segments.open(BATCH, 0, 2)
+        second = segments.open(BATCH, 0, 2, requests=replies)
         taken_over = tracemalloc.get_traced_memory()[1]
         tracemalloc.reset_peak()
         with segments.read(BATCH, 0) as read_back:
@@ -489,7 +596,7 @@ class Segments(RuleBasedStateMachine):
     """One slice, a writer that may die at any moment, and writers that do not know they have
     been replaced. What was durable when its writer was the newest stays, in its own words."""
 
-    lines = st.integers(1, 12)
+    lines = st.integers(1, LINES)
 
     def __init__(self) -> None:
         super().__init__()
@@ -497,7 +604,7 @@ class Segments(RuleBasedStateMachine):
         self.segments = LocalSegments(self.folder)
         self.attempt = 0
         self.count = 0
-        self.late: list[SegmentWriter] = []
+        self.late: list[LocalWriter] = []
         self.late_replies: set[bytes] = set()
         self.durable: dict[int, bytes] = {}
         self.prepared: dict[int, bytes] = {}
@@ -509,7 +616,7 @@ class Segments(RuleBasedStateMachine):
 
     def _open_next(self) -> None:
         self.attempt += 1
-        self.writer = self.segments.open(BATCH, 0, self.attempt)
+        self.writer = self.segments.open(BATCH, 0, self.attempt, requests=LINES)
         self.prepared, self.waiting = {}, {}
         found = read(self.segments, attempt=self.attempt)
         assert {line: found.get(line) for line in self.durable} == self.durable
@@ -601,8 +708,8 @@ def test_names_that_could_not_be_synced_are_synced_by_the_next_flush(
             raise OSError(errno.EIO, "Input/output error")
         synced.append(folder)
 
-    monkeypatch.setattr("penstock.blobs.segments._sync_folder", sync)
-    writer = segments.open(BATCH, 0, 1)
+    monkeypatch.setattr("penstock.blobs.local_segments._sync_folder", sync)
+    writer = segments.open(BATCH, 0, 1, requests=LINES)
     writer.append(1, Kind.OUTPUT, payload(1), NO_TOKENS)
     writer.prepare()
     for _ in range(2):

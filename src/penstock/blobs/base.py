@@ -8,6 +8,8 @@ lock, no version and no create-if-absent, which not every object store has.
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Protocol
 
+Piece = bytes | memoryview
+
 
 class Blobs(Protocol):
     """Keeps bytes under keys."""
@@ -26,8 +28,12 @@ class Blobs(Protocol):
         """
         ...
 
-    async def put_made(self, key: str, pieces: Iterator[bytes]) -> int:
-        """Keep a blob whose pieces are made on the way, which happens in a thread. As `put`."""
+    async def put_made(self, key: str, pieces: Iterator[Sequence[Piece]]) -> int:
+        """Keep a blob whose pieces are made on the way, which happens in a thread. As `put`.
+
+        Args:
+            pieces: Some at a time; they are done with when the next are asked for.
+        """
         ...
 
     async def size(self, key: str) -> int:

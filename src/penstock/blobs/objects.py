@@ -10,6 +10,7 @@ import os
 import secrets
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore
 
+from penstock.blobs.base import Piece
 from penstock.errors import NotFound, StorageUnavailable
 
 if TYPE_CHECKING:
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 PIECE_BYTES = 1 << 20
 """How much is read or written at once."""
 _PARTS_IN_FLIGHT = 2
+_SYNC_BYTES = 16 << 20
+_MOST_PIECES = 1024
+"""How many pieces the system writes at once; IOV_MAX."""
 
 
 class ObjectBlobs:
@@ -77,7 +82,7 @@ class ObjectBlobs:
             ) from error
         return size
 
-    async def put_made(self, key: str, pieces: Iterator[bytes]) -> int:
+    async def put_made(self, key: str, pieces: Iterator[Sequence[Piece]]) -> int:
         # Each piece would hop to the loop, to obstore's threads and back; here it stays in one.
         is_given_up = threading.Event()
         work = asyncio.to_thread(self._put_made, key, pieces, is_given_up)
@@ -91,7 +96,9 @@ class ObjectBlobs:
                 (self._root / key).unlink(missing_ok=True)
             raise
 
-    def _put_made(self, key: str, pieces: Iterator[bytes], is_given_up: threading.Event) -> int:
+    def _put_made(
+        self, key: str, pieces: Iterator[Sequence[Piece]], is_given_up: threading.Event
+    ) -> int:
         path = self._root / key
         part = path.with_name(f"{path.name}#{secrets.token_hex(4)}")
         size = 0
@@ -100,15 +107,15 @@ class ObjectBlobs:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                for piece in pieces:
-                    if is_given_up.is_set():
-                        raise StorageUnavailable("The writing was given up.")
-                    with _writing():
-                        view = memoryview(piece)
-                        while view:
-                            view = view[os.write(file, view) :]
-                    size += len(piece)
+                with _Syncer(file) as syncer:
+                    for some in pieces:
+                        if is_given_up.is_set():
+                            raise StorageUnavailable("The writing was given up.")
+                        with _writing():
+                            size += _write_all(file, some)
+                            syncer.note(size)
                 with _writing():
+                    syncer.finish()
                     os.fsync(file)
             finally:
                 os.close(file)
@@ -192,6 +199,53 @@ class ObjectBlobs:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+class _Syncer:
+    """Syncs a file now and then while it is written, in a thread beside it: the disk works
+    meanwhile, and the sync at the end finds little to do."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+        self._threads = ThreadPoolExecutor(1, "penstock-sync")
+        self._syncs: list[Future[None]] = []
+        self._asked = 0
+
+    def note(self, size: int) -> None:
+        """Hear how much is written."""
+        is_busy = bool(self._syncs) and not self._syncs[-1].done()
+        if size - self._asked >= _SYNC_BYTES and not is_busy:
+            self._asked = size
+            self._syncs.append(self._threads.submit(os.fdatasync, self._file))
+
+    def finish(self) -> None:
+        """
+        Raises:
+            OSError: A sync has failed; the system tells so only once.
+        """
+        for sync in self._syncs:
+            sync.result()
+
+    def __enter__(self) -> "_Syncer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown()
+
+
+def _write_all(file: int, pieces: Sequence[Piece]) -> int:
+    """Write pieces one after another; the number of bytes."""
+    size = 0
+    for start in range(0, len(pieces), _MOST_PIECES):
+        some = [memoryview(piece) for piece in pieces[start : start + _MOST_PIECES]]
+        while some:
+            written = os.writev(file, some)
+            size += written
+            while some and written >= len(some[0]):
+                written -= len(some.pop(0))
+            if some:
+                some[0] = some[0][written:]
+    return size
 
 
 @contextmanager

@@ -1,38 +1,54 @@
 """Segments: what one attempt at a slice has written, appended as the replies come.
 
-A segment is a file `<batch>/<index>.<attempt>` of records. A record is a header of fixed size
-and a payload, the reply as it will stand in the output or error file:
+A segment is a run of blocks; each begins with a header of 20 bytes:
 
-    crc u32 · magic u16 · kind u8 · spare u8 · line u32 · length u32 · five token counts u32
+    crc u32 · magic u16 · type u8 · spare u8 · count u32 · length u64
 
-The checksum covers all that follows it, header and payload. Reading ends at the first record
-that is not whole, so a write that was torn anywhere, or a tail of zeros after a loss of power,
-costs only itself.
+`length` bytes follow it, and the checksum covers all that follows it, up to their end. Numbers
+are little-endian. There are two types.
 
-Every attempt writes a file of its own and starts it with what earlier attempts kept. So a
-late writer, whose slice was claimed anew, writes where nobody looks any more.
+- A *group* holds `count` replies that were made durable together, up to about 1 MiB of them:
+  first, for each, `line u32 · kind and length u32 · five token counts u32`, then their
+  payloads in the same order. A payload is the reply as it will stand in the output or error
+  file; the kind is the highest bit of the number beside it.
+- A *seal* is the last block of a segment in which each line of its slice has a reply. It tells
+  where the payloads of each kind lie, in line order, so that result files can be put together
+  without looking at single replies. A segment without one is as good, only slower to read.
+
+Reading ends at the first block that is not whole, so a write that was torn anywhere, or a tail
+of zeros after a loss of power, costs only what had not been reported as durable.
+
+Every attempt writes a segment of its own. So a late writer, whose slice was claimed anew,
+writes where nobody looks any more.
 """
 
-import os
-import shutil
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+from penstock.blobs.base import Piece
 from penstock.model import BatchId, Usage
 
-_HEADER = struct.Struct("<IHBxII5I")
-_CHECKED = struct.Struct("<HBxII5I")
+_HEADER = struct.Struct("<IHBxIQ")
+_CHECKED = struct.Struct("<HBxIQ")
 """What of the header follows the checksum."""
 _CRC_BYTES = 4
-_MAGIC = 0x5053
+_MAGIC = 0x5054
+_GROUP, _SEAL = 0, 1
+_ENTRY = struct.Struct("<7I")
+_ERROR_BIT = 1 << 31
+_SEAL_HEAD = struct.Struct("<II5QII")
+"""Completed and failed lines, tokens, and how many extents of each kind follow."""
+_EXTENT = struct.Struct("<QQ")
+_SEAL_TAIL = struct.Struct("<Q")
+"""Where the seal begins; the last bytes of a sealed segment."""
 _MAX_TOKENS = 0xFFFFFFFF
+_GROUP_BYTES = 1 << 20
 _READ_BYTES = 1 << 20
-_WHOLE_BYTES = 4 << 20
+WHOLE_BYTES = 4 << 20
 """A segment up to this size is held in memory while it is read back."""
 
 
@@ -41,9 +57,6 @@ class Kind(IntEnum):
 
     OUTPUT = 0
     ERROR = 1
-
-
-_KINDS = tuple(Kind)
 
 
 @dataclass(slots=True)
@@ -80,7 +93,7 @@ class Tally:
 
 
 class Record(NamedTuple):
-    """Where a reply lies. A tuple, because one is made for every line that is read back."""
+    """Where a reply lies. A tuple, because one is made for every line."""
 
     line: int
     kind: Kind
@@ -90,45 +103,49 @@ class Record(NamedTuple):
     tokens: Sequence[int]
 
 
-def pack(line: int, kind: Kind, payload: bytes, tokens: Sequence[int]) -> bytes:
-    """The header of a record; the payload follows it.
+class _Reply(NamedTuple):
+    """A reply that is to be written; sorts by line."""
 
-    Args:
-        line: The request's line in the input file, from 1.
-        tokens: input, cached, output, reasoning and total tokens; cut at 2^32 - 1.
-    """
-    if max(tokens) > _MAX_TOKENS:
-        tokens = tuple(min(value, _MAX_TOKENS) for value in tokens)
-    checked = _CHECKED.pack(_MAGIC, kind, line, len(payload), *tokens)
-    return zlib.crc32(payload, zlib.crc32(checked)).to_bytes(_CRC_BYTES, "little") + checked
+    line: int
+    kind: Kind
+    payload: bytes
+    tokens: Sequence[int]
+
+
+# Writing
 
 
 class SegmentWriter:
-    """Appends records to one segment.
+    """Collects the replies of one attempt and says how they are written.
 
-    `append` and `prepare` are for the event loop; `flush` blocks and may run in a thread
-    beside further appends. After a failure `flush` may be called again: nothing is lost and
-    nothing is written twice.
+    `append` and `prepare` are for the event loop; a flush may run in a thread beside further
+    appends: it writes what `encode` gives at the end of the segment, and calls `keep` when
+    that is durable. After a failure it may be repeated: nothing is lost, nothing is doubled.
+
+    Args:
+        requests: How many lines the slice has; when each has its reply, the segment is sealed.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = -1
-        self._is_named = False
-        """Whether its name would survive a loss of power."""
-        self._is_folder_named = True
-        self._offset = 0
-        self._waiting: list[bytes] = []
-        self._prepared: list[bytes] = []
+    def __init__(self, requests: int = 0) -> None:
+        self._requests = requests
+        self._waiting: list[_Reply] = []
+        self._prepared: list[_Reply] = []
         self._prepared_tally = Tally()
+        self._records: list[Record] = []
+        self._fresh: list[Record] = []
+        """The records of what `encode` gave last."""
+        self.size = 0
+        """How many bytes are durable."""
         self.waiting_bytes = 0
         """How many bytes are appended and not yet prepared."""
         self.tally = Tally()
         """Of all that was appended."""
         self.durable = Tally()
-        """Of all that is on the disk; never changed in place."""
+        """Of all that is durable; never changed in place."""
         self.lines: set[int] = set()
         """The lines that have a reply here."""
+        self.is_lost = False
+        """Whether the slice was claimed anew, so that what is appended goes nowhere."""
 
     @property
     def is_dirty(self) -> bool:
@@ -136,142 +153,300 @@ class SegmentWriter:
         return bool(self._waiting or self._prepared)
 
     def append(self, line: int, kind: Kind, payload: bytes, tokens: Sequence[int]) -> None:
-        """Add the reply of a line, once."""
-        self._waiting.append(pack(line, kind, payload, tokens))
-        self._waiting.append(payload)
-        self.waiting_bytes += _HEADER.size + len(payload)
+        """Add the reply of a line, once.
+
+        Args:
+            tokens: input, cached, output, reasoning and total tokens; cut at 2^32 - 1.
+        """
+        self._waiting.append(_Reply(line, kind, payload, tokens))
+        self.waiting_bytes += len(payload)
         self.tally.add(kind, tokens)
         self.lines.add(line)
 
     def prepare(self) -> None:
-        """Set what was appended so far apart for the next `flush`. Never during one."""
+        """Set what was appended so far apart for the next flush. Never during one."""
         self._prepared += self._waiting
-        self._waiting.clear()
+        self._waiting = []
         self.waiting_bytes = 0
         self._prepared_tally = self.tally.copy()
 
-    def flush(self) -> None:
-        """Make durable what was prepared.
-
-        Raises:
-            OSError: The disk is full or fails; all that is not durable stays remembered.
-        """
+    def encode(self) -> bytes:
+        """What was prepared, as it is to be written from offset `size` on; empty if nothing
+        was. With the last reply of the slice comes the seal."""
         if not self._prepared:
-            return
-        data = b"".join(self._prepared)
-        if self._file < 0:
-            try:
-                self._path.parent.mkdir()
-                self._is_folder_named = False
-            except FileExistsError:
-                pass
-            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        if not self._is_named:
-            _sync_folder(self._path.parent)
-            self._is_named = True
-        if not self._is_folder_named:
-            _sync_folder(self._path.parent.parent)
-            self._is_folder_named = True
-        try:
-            _write_all(self._file, data, self._offset)
-            os.fdatasync(self._file)
-        except OSError:
-            # A torn tail would hide what is written after it.
-            os.ftruncate(self._file, self._offset)
-            raise
-        self._offset += len(data)
+            return b""
+        parts: list[bytes] = []
+        offset = self.size
+        self._fresh = []
+        for group in _groups(sorted(self._prepared)):
+            head, payloads = _pack_group(group)
+            start = offset + len(head)
+            for reply in group:
+                length = len(reply.payload)
+                self._fresh.append(Record(reply.line, reply.kind, start, length, reply.tokens))
+                start += length
+            parts.append(head)
+            parts.append(payloads)
+            offset = start
+        if len(self._records) + len(self._fresh) == self._requests:
+            parts.append(_pack_seal([*self._records, *self._fresh], offset))
+        return b"".join(parts)
+
+    def keep(self, size: int) -> None:
+        """Say that the `size` bytes that `encode` gave last are durable."""
+        self._records += self._fresh
+        self._fresh = []
         self._prepared.clear()
+        self.size += size
         self.durable = self._prepared_tally
 
+    def give_up(self) -> None:
+        """Say that the slice was claimed anew: what was appended goes nowhere."""
+        self.is_lost = True
+        self._waiting, self._prepared = [], []
+
     def close(self) -> None:
-        """Let go of the file. What was not flushed is dropped."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        """Let go of what it holds open. What was not flushed is dropped."""
+
+
+def _groups(replies: list[_Reply]) -> Iterator[list[_Reply]]:
+    """Cut replies into groups; one that is larger than a group is one of its own."""
+    group: list[_Reply] = []
+    size = 0
+    for reply in replies:
+        if group and size + len(reply.payload) > _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(reply)
+        size += len(reply.payload)
+    yield group
+
+
+def _pack_group(group: list[_Reply]) -> tuple[bytes, bytes]:
+    """A group's header with its entries, and its payloads."""
+    numbers: list[int] = []
+    for line, kind, payload, tokens in group:
+        numbers.append(line)
+        numbers.append(len(payload) | _ERROR_BIT if kind else len(payload))
+        numbers.extend(tokens)
+    if max(numbers) > _MAX_TOKENS:
+        numbers = [min(number, _MAX_TOKENS) for number in numbers]
+    entries = struct.pack(f"<{len(numbers)}I", *numbers)
+    payloads = b"".join([reply.payload for reply in group])
+    length = len(entries) + len(payloads)
+    checked = _CHECKED.pack(_MAGIC, _GROUP, len(group), length) + entries
+    crc = zlib.crc32(payloads, zlib.crc32(checked))
+    return crc.to_bytes(_CRC_BYTES, "little") + checked, payloads
+
+
+def _pack_seal(records: list[Record], offset: int) -> bytes:
+    """The seal of a segment.
+
+    Args:
+        records: Of every line of the slice.
+        offset: Where the seal begins.
+    """
+    tally = Tally()
+    extents: tuple[list[list[int]], list[list[int]]] = ([], [])
+    for _, kind, start, length, tokens in sorted(records):
+        tally.add(kind, tokens)
+        mine = extents[kind]
+        if mine and mine[-1][0] + mine[-1][1] == start:
+            mine[-1][1] += length
+        else:
+            mine.append([start, length])
+    counts = (len(extents[Kind.OUTPUT]), len(extents[Kind.ERROR]))
+    body = b"".join(
+        (
+            _SEAL_HEAD.pack(tally.completed, tally.failed, *tally.usage, *counts),
+            *(_EXTENT.pack(*extent) for kind in Kind for extent in extents[kind]),
+            _SEAL_TAIL.pack(offset),
+        )
+    )
+    checked = _CHECKED.pack(_MAGIC, _SEAL, sum(counts), len(body)) + body
+    return zlib.crc32(checked).to_bytes(_CRC_BYTES, "little") + checked
+
+
+# Reading
+
+
+class Source(Protocol):
+    """Where the bytes of a segment are read from. Blocking."""
+
+    @property
+    def size(self) -> int: ...
+
+    def read(self, offset: int, length: int) -> bytes:
+        """The bytes at an offset; fewer where it ends."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class _Seal(NamedTuple):
+    tally: Tally
+    extents: tuple[list[tuple[int, int]], list[tuple[int, int]]]
+    """Offset and length of the payloads, by kind."""
+    offset: int
+    """Where it begins."""
 
 
 class SegmentReader:
-    """Reads one segment back. Everything up to the first broken record counts."""
+    """Reads one segment back. Everything up to the first broken block counts."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, source: Source) -> None:
+        self._source = source
         self._whole = b""
+        self._records: list[Record] | None = None
         try:
-            self._size = os.fstat(self._file).st_size
-            if self._size <= _WHOLE_BYTES:
-                self._whole = _read_all(self._file, 0, self._size)
+            self._size = source.size
+            if self._size <= WHOLE_BYTES:
+                self._whole = source.read(0, self._size)
                 self._size = len(self._whole)
-            self.records = list(self._scan())
+            self.seal = self._read_seal()
         except BaseException:
-            self.close()
+            source.close()
             raise
 
-    def read(self, record: Record) -> bytes:
-        """The payload of a record: one line of the output or error file, with its line end."""
+    @property
+    def records(self) -> list[Record]:
+        """The replies, as they came."""
+        if self._records is None:
+            self._records = list(self._scan())
+        return self._records
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Some bytes of it, such as a payload: a line of a result file, with its line end."""
         if self._whole:
-            return self._whole[record.offset : record.offset + record.length]
-        return _read_all(self._file, record.offset, record.length)
+            return self._whole[offset : offset + length]
+        return self._source.read(offset, length)
+
+    def iter_extents(self, kind: Kind) -> Iterator[list[Piece]]:
+        """The payloads of a kind in line order, of a sealed segment; neighbours in one."""
+        assert self.seal is not None  # noqa: S101
+        extents = self.seal.extents[kind]
+        if self._whole:
+            view = memoryview(self._whole)
+            yield [view[start : start + length] for start, length in extents]
+            return
+        for start, length in extents:
+            for place in range(start, start + length, _READ_BYTES):
+                yield [self._source.read(place, min(_READ_BYTES, start + length - place))]
 
     def close(self) -> None:
-        os.close(self._file)
+        self._source.close()
 
-    def _scan(self) -> Iterator[Record]:
-        return self._scan_memory() if self._whole else self._scan_file()
+    def _read_seal(self) -> _Seal | None:
+        """Its seal, if it has one and every block before it is whole."""
+        if self._size < _HEADER.size + _SEAL_TAIL.size:
+            return None
+        tail = self.read(self._size - _SEAL_TAIL.size, _SEAL_TAIL.size)
+        if len(tail) < _SEAL_TAIL.size:
+            return None
+        (offset,) = _SEAL_TAIL.unpack(tail)
+        if not 0 <= offset <= self._size - _HEADER.size:
+            return None
+        block = self.read(offset, self._size - offset) if self._is_seal(offset) else b""
+        if not block or _checksum(block) != _HEADER.unpack_from(block)[0]:
+            return None
+        place = 0
+        while place < offset:
+            size = self._check(place, offset)
+            if not size:
+                return None
+            place += size
+        figures = _SEAL_HEAD.unpack_from(block, _HEADER.size)
+        completed, failed, *tokens, outputs, errors = figures
+        start = _HEADER.size + _SEAL_HEAD.size
+        extents = list(_EXTENT.iter_unpack(block[start : -_SEAL_TAIL.size]))
+        if len(extents) != outputs + errors:
+            return None
+        tally = Tally(completed, failed, tokens)
+        return _Seal(tally, (extents[:outputs], extents[outputs:]), offset)
 
-    def _scan_memory(self) -> Iterator[Record]:
-        whole, size = memoryview(self._whole), self._size
-        unpack, crc32, kinds = _HEADER.unpack_from, zlib.crc32, _KINDS
-        offset = 0
-        while offset + _HEADER.size <= size:
-            crc, magic, kind, line, length, *tokens = unpack(whole, offset)
-            start = offset + _HEADER.size
-            end = start + length
-            if magic != _MAGIC or kind > Kind.ERROR or end > size:
-                return
-            if crc32(whole[offset + _CRC_BYTES : end]) != crc:
-                return
-            yield Record(line, kinds[kind], start, length, tokens)
-            offset = end
+    def _is_seal(self, offset: int) -> bool:
+        _, magic, type_, _, length = _HEADER.unpack(self.read(offset, _HEADER.size))
+        end = offset + _HEADER.size + length
+        return magic == _MAGIC and type_ == _SEAL and end == self._size
 
-    def _scan_file(self) -> Iterator[Record]:
-        offset = 0
-        while offset + _HEADER.size <= self._size:
-            header = _read_all(self._file, offset, _HEADER.size)
-            if len(header) < _HEADER.size:
-                return  # cut off while it is read
-            crc, magic, kind, line, length, *tokens = _HEADER.unpack(header)
-            start = offset + _HEADER.size
-            if magic != _MAGIC or kind > Kind.ERROR or start + length > self._size:
-                return
-            if self._checksum(start, length, zlib.crc32(header[_CRC_BYTES:])) != crc:
-                return
-            yield Record(line, _KINDS[kind], start, length, tokens)
-            offset = start + length
+    def _check(self, offset: int, end: int) -> int:
+        """The size of the group that begins at an offset; 0 if it is broken or none.
 
-    def _checksum(self, offset: int, length: int, crc: int) -> int:
-        end = offset + length
-        while offset < end:
-            piece = _read_all(self._file, offset, min(_READ_BYTES, end - offset))
+        Args:
+            end: Beyond which it must not reach.
+        """
+        if offset + _HEADER.size > end:
+            return 0
+        header = self.read(offset, _HEADER.size)
+        if len(header) < _HEADER.size:
+            return 0  # cut off while it is read
+        crc, magic, type_, count, length = _HEADER.unpack(header)
+        size = _HEADER.size + length
+        is_group = magic == _MAGIC and type_ == _GROUP and length >= count * _ENTRY.size
+        if not is_group or offset + size > end or self._checksum(offset, size) != crc:
+            return 0
+        return size
+
+    def _checksum(self, offset: int, size: int) -> int:
+        start, end = offset + _CRC_BYTES, offset + size
+        if self._whole:
+            return zlib.crc32(memoryview(self._whole)[start:end])
+        crc = 0
+        while start < end:
+            piece = self._source.read(start, min(_READ_BYTES, end - start))
             if not piece:
                 return -1
             crc = zlib.crc32(piece, crc)
-            offset += len(piece)
+            start += len(piece)
         return crc
+
+    def _scan(self) -> Iterator[Record]:
+        place = 0
+        while size := self._check(place, self._size):
+            yield from self._read_group(place, size)
+            place += size
+
+    def _read_group(self, place: int, size: int) -> Iterator[Record]:
+        count = _HEADER.unpack(self.read(place, _HEADER.size))[3]
+        entries = self.read(place + _HEADER.size, count * _ENTRY.size)
+        start, end = place + _HEADER.size + len(entries), place + size
+        for line, mark, *tokens in _ENTRY.iter_unpack(entries):
+            kind = Kind.ERROR if mark & _ERROR_BIT else Kind.OUTPUT
+            length = mark & ~_ERROR_BIT
+            if start + length > end:
+                return
+            yield Record(line, kind, start, length, tokens)
+            start += length
+
+
+def _checksum(block: bytes) -> int:
+    return zlib.crc32(memoryview(block)[_CRC_BYTES:])
 
 
 class SliceReplies:
     """The replies of one slice, from all its segments; of equal lines the newest attempt's.
 
     A context manager, because it holds files open.
+
+    Args:
+        readers: Of its segments, the oldest attempt first.
     """
 
-    def __init__(self, readers: list[SegmentReader]) -> None:
+    def __init__(self, readers: Sequence[SegmentReader]) -> None:
         self._readers = readers
-        places: dict[int, tuple[SegmentReader, Record]] = {}
-        for reader in readers:
-            for record in reader.records:
-                places[record.line] = (reader, record)
-        self._places = places
+        self._found: dict[int, tuple[SegmentReader, Record]] | None = None
+        self._sealed = readers[-1] if readers and readers[-1].seal else None
+        """The newest one if it is sealed: then it has every line, and no other counts."""
+
+    @property
+    def _places(self) -> dict[int, tuple[SegmentReader, Record]]:
+        if self._found is None:
+            self._found = {
+                record.line: (reader, record)
+                for reader in self._readers
+                for record in reader.records
+            }
+        return self._found
 
     @property
     def lines(self) -> set[int]:
@@ -279,6 +454,8 @@ class SliceReplies:
         return set(self._places)
 
     def tally(self) -> Tally:
+        if self._sealed and self._sealed.seal:
+            return self._sealed.seal.tally.copy()
         records = [record for _, record in self._places.values()]
         completed = sum(record.kind is Kind.OUTPUT for record in records)
         usage = [sum(counts) for counts in zip(*(each.tokens for each in records), strict=True)]
@@ -288,7 +465,23 @@ class SliceReplies:
         """Each record with its payload, in line order."""
         for line in sorted(self._places):
             reader, record = self._places[line]
-            yield record, reader.read(record)
+            yield record, reader.read(record.offset, record.length)
+
+    def iter_results(
+        self, kind: Kind, *, others: Mapping[int, bytes] | None = None
+    ) -> Iterator[Sequence[Piece]]:
+        """The payloads of a kind in line order, as pieces to be written one after another.
+
+        The pieces are good until the next are asked for.
+
+        Args:
+            others: More payloads, by line; of lines that have no reply here.
+        """
+        if self._sealed and not others:
+            yield from self._sealed.iter_extents(kind)
+        else:
+            for piece in self.iter_pieces(kind, others=others):
+                yield [piece]
 
     def iter_pieces(
         self, *kinds: Kind, others: Mapping[int, bytes] | None = None
@@ -308,7 +501,7 @@ class SliceReplies:
                 reader, record = self._places[line]
                 if record.kind not in kinds:
                     continue
-                pieces.append(reader.read(record))
+                pieces.append(reader.read(record.offset, record.length))
             size += len(pieces[-1])
             if size >= _READ_BYTES:
                 yield b"".join(pieces)
@@ -328,43 +521,41 @@ class SliceReplies:
             reader.close()
 
 
-class LocalSegments:
-    """Segments in a folder of the local disk. Blocking: call it from a thread."""
+# The contract
 
-    def __init__(self, root: Path) -> None:
-        root.mkdir(parents=True, exist_ok=True)
-        _sync_folder(root)  # a process may have ended before it could
-        self._root = root
 
-    def open(self, batch_id: BatchId, index: int, attempt: int) -> SegmentWriter:
+class Segments(Protocol):
+    """Keeps segments. Blocking: call it from a thread."""
+
+    flush_interval_s: float
+    """How long a reply may wait at most until it is flushed, where no setting says less."""
+
+    def open(
+        self, batch_id: BatchId, index: int, attempt: int, *, requests: int
+    ) -> SegmentWriter:
         """Start the segment of an attempt with what earlier attempts have kept, durably.
 
-        Earlier segments are then deleted; who still writes to one writes into the void.
+        What earlier attempts wrote does not count any more; who still writes to one writes
+        into the void.
+
+        Args:
+            requests: How many lines the slice has.
 
         Raises:
-            OSError: The disk is full or fails; call it again for the same attempt.
+            OSError, StorageUnavailable: The storage is full or fails; call it again for the
+                same attempt.
         """
-        path = self._path(batch_id, index, attempt)
-        if attempt == 1:
-            return SegmentWriter(path)  # nothing can be there yet
-        path.unlink(missing_ok=True)
-        # By name: an attempt that opens late must not take what a newer one has.
-        earlier = [each for each in self._attempts(batch_id, index) if each.name < path.name]
-        writer = SegmentWriter(path)
-        if earlier:
-            try:
-                with _read(earlier) as replies:
-                    for record, payload in replies.iter_records():
-                        writer.append(record.line, record.kind, payload, record.tokens)
-                        if writer.waiting_bytes > _WHOLE_BYTES:
-                            _flush(writer)
-                _flush(writer)
-            except BaseException:
-                writer.close()
-                raise
-            for path in earlier:
-                path.unlink(missing_ok=True)
-        return writer
+        ...
+
+    def flush(self, writers: Sequence[SegmentWriter]) -> None:
+        """Make durable what was prepared. Of a slice that was claimed anew, the writer is told
+        so (`SegmentWriter.is_lost`), and nothing of it is kept.
+
+        Raises:
+            OSError, StorageUnavailable: The storage is full or fails; what is not durable
+                stays remembered. Call it again.
+        """
+        ...
 
     def read(
         self, batch_id: BatchId, index: int, *, attempt: int | None = None
@@ -375,71 +566,12 @@ class LocalSegments:
             attempt: Look only at what this attempt wrote, as is right for a slice that has
                 ended; None takes all attempts together, the newest before the others.
         """
-        paths = self._attempts(batch_id, index)
-        if attempt is not None:
-            paths = [self._path(batch_id, index, attempt)]
-        return _read(paths)
+        ...
 
     def delete(self, batch_id: BatchId) -> None:
         """Delete all segments of a batch."""
-        shutil.rmtree(self._root / batch_id, ignore_errors=True)
+        ...
 
     def batches(self) -> list[BatchId]:
         """The batches that have segments."""
-        return [BatchId(path.name) for path in self._root.iterdir() if path.is_dir()]
-
-    def _path(self, batch_id: BatchId, index: int, attempt: int) -> Path:
-        return self._root / batch_id / f"{index:08d}.{attempt:06d}"
-
-    def _attempts(self, batch_id: BatchId, index: int) -> list[Path]:
-        """The segments of a slice, oldest attempt first."""
-        folder, start = self._root / batch_id, f"{index:08d}."
-        try:  # `glob` would take a folder that cannot be read for an empty one
-            names = [path.name for path in folder.iterdir()]
-        except FileNotFoundError:
-            return []
-        return [folder / name for name in sorted(names) if name.startswith(start)]
-
-
-def _read(paths: list[Path]) -> SliceReplies:
-    readers: list[SegmentReader] = []
-    for path in paths:
-        try:
-            readers.append(SegmentReader(path))
-        except FileNotFoundError:
-            continue  # a newer attempt has taken it over meanwhile and holds the same
-    return SliceReplies(readers)
-
-
-def _flush(writer: SegmentWriter) -> None:
-    writer.prepare()
-    writer.flush()
-
-
-def _sync_folder(path: Path) -> None:
-    """Make the names in a folder survive a loss of power, as `fdatasync` makes the bytes."""
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _write_all(file: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(file, view, offset)
-        view = view[written:]
-        offset += written
-
-
-def _read_all(file: int, offset: int, length: int) -> bytes:
-    pieces: list[bytes] = []
-    while length > 0:
-        piece = os.pread(file, length, offset)
-        if not piece:
-            break
-        pieces.append(piece)
-        offset += len(piece)
-        length -= len(piece)
-    return b"".join(pieces) if len(pieces) != 1 else pieces[0]
+        ...

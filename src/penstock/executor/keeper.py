@@ -11,12 +11,12 @@ import asyncio
 import contextlib
 import errno
 import time
-from collections.abc import Sequence
 from typing import Protocol
 
 import structlog
 
-from penstock.blobs.segments import SegmentWriter
+from penstock.blobs.segments import Segments, SegmentWriter
+from penstock.errors import StorageUnavailable
 from penstock.telemetry import Health, WorkStats
 
 _log = structlog.get_logger()
@@ -29,7 +29,11 @@ class Written(Protocol):
 
     writer: SegmentWriter
     durable: asyncio.Event
-    """Set when all that was appended is on the disk."""
+    """Set when all that was appended is durable."""
+
+    def abort(self) -> None:
+        """Hear that the slice was claimed anew: nothing more of it is kept."""
+        ...
 
 
 class Keeper:
@@ -42,12 +46,14 @@ class Keeper:
     def __init__(
         self,
         *,
+        segments: Segments,
         gate: asyncio.Event,
         health: Health,
         stats: WorkStats,
         flush_interval_s: float,
         flush_bytes: int,
     ) -> None:
+        self._segments = segments
         self._gate = gate
         self._troubles: set[str] = set()
         self._health = health
@@ -90,15 +96,18 @@ class Keeper:
         while True:
             try:
                 begun = time.monotonic()
-                await asyncio.to_thread(_flush_all, writers)
+                await asyncio.to_thread(self._segments.flush, writers)
                 self._stats.flushes.note(time.monotonic() - begun)
                 self._stats.flushed_bytes += appended_bytes
                 break
-            except OSError as error:
-                self.close_gate("storage", explain(error))
+            except (OSError, StorageUnavailable) as error:
+                message = explain(error) if isinstance(error, OSError) else str(error)
+                self.close_gate("storage", message)
                 await asyncio.sleep(AGAIN_S)
         self.open_gate("storage")
         for written in group:
+            if written.writer.is_lost:
+                written.abort()
             if not written.writer.is_dirty:
                 written.durable.set()
 
@@ -127,8 +136,3 @@ def explain(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "The disk that holds the data directory is full. Make room; work then goes on."
     return f"The disk that holds the data directory fails: {error.strerror or error}."
-
-
-def _flush_all(writers: Sequence[SegmentWriter]) -> None:
-    for writer in writers:
-        writer.flush()

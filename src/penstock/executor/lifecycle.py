@@ -7,10 +7,9 @@ missing is not finished, its slice is run again for the lines that are missing.
 """
 
 import asyncio
-import hashlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from weakref import WeakValueDictionary
@@ -18,8 +17,8 @@ from weakref import WeakValueDictionary
 import msgspec
 import structlog
 
-from penstock.blobs.base import Blobs
-from penstock.blobs.segments import Kind, LocalSegments, SliceReplies
+from penstock.blobs.base import Blobs, Piece
+from penstock.blobs.segments import Kind, Segments, SliceReplies
 from penstock.engine.base import Engine
 from penstock.errors import Conflict, NotFound, PenstockError, StorageUnavailable
 from penstock.executor.replies import BATCH_CANCELLED, BATCH_EXPIRED, error_line
@@ -142,7 +141,7 @@ class Lifecycle:
         *,
         store: Store,
         blobs: Blobs,
-        segments: LocalSegments,
+        segments: Segments,
         engine: Engine,
         accepts_model: Callable[[str], bool],
         options: LifecycleOptions,
@@ -362,12 +361,11 @@ class Lifecycle:
         return await asyncio.to_thread(look)
 
     async def _write(self, batch: Batch, found: list[_Found], kind: Kind) -> File:
-        digest = hashlib.sha256()
         name = "output" if kind is Kind.OUTPUT else "error"
         file_id = FileId(f"file-{secrets.token_hex(16)}")
         key = f"files/{file_id}"
 
-        walk = self._walk(batch, found, kind, digest.update, asyncio.get_running_loop())
+        walk = self._walk(batch, found, kind, asyncio.get_running_loop())
         size = await self._blobs.put_made(key, walk)
         now = int(time.time())
         return File(
@@ -376,7 +374,6 @@ class Lifecycle:
             purpose=Purpose.BATCH_OUTPUT,
             filename=f"{batch.id}_{name}.jsonl",
             bytes=size,
-            sha256=digest.hexdigest(),
             blob_key=key,
             created_at=now,
             expires_at=now + (batch.output_life_s or self._options.file_retention_s),
@@ -387,13 +384,9 @@ class Lifecycle:
         batch: Batch,
         found: list[_Found],
         kind: Kind,
-        digest: Callable[[bytes], None],
         loop: asyncio.AbstractEventLoop,
-    ) -> Iterator[bytes]:
+    ) -> Iterator[Sequence[Piece]]:
         """The lines of one result file, in input order. For a thread beside the loop.
-
-        Args:
-            digest: Called with each piece.
 
         Raises:
             _Gap: At the end, if replies are missing.
@@ -415,9 +408,7 @@ class Lifecycle:
                 if kind is Kind.ERROR and each.missing:
                     asked = self._never_run(batch, each.piece, replies.lines)
                     never_run = asyncio.run_coroutine_threadsafe(asked, loop).result()
-                for piece in replies.iter_pieces(kind, others=never_run):
-                    digest(piece)
-                    yield piece
+                yield from replies.iter_results(kind, others=never_run)
         if gaps:
             raise _Gap(gaps)
 

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 
-from penstock.blobs.segments import Kind, LocalSegments
+from penstock.blobs.segments import Kind, Segments
 from penstock.errors import StorageUnavailable
 from penstock.model import FINAL, Batch
 from penstock.store.base import Store
@@ -30,7 +30,7 @@ async def in_thread(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
 class PartialResults:
     """Reads what workers have written."""
 
-    def __init__(self, *, store: Store, segments: LocalSegments) -> None:
+    def __init__(self, *, store: Store, segments: Segments) -> None:
         self._store = store
         self._segments = segments
 

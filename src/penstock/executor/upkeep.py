@@ -7,7 +7,7 @@ from contextlib import suppress
 import structlog
 
 from penstock.blobs.base import Blobs
-from penstock.blobs.segments import LocalSegments
+from penstock.blobs.segments import Segments
 from penstock.engine.base import Engine
 from penstock.errors import Conflict, NotFound, StorageUnavailable
 from penstock.model import (
@@ -30,9 +30,7 @@ _REMEMBER_S = 30 * 86400
 _AT_ONCE = 100
 
 
-async def recover(
-    *, store: Store, blobs: Blobs, segments: LocalSegments, engine: Engine
-) -> None:
+async def recover(*, store: Store, blobs: Blobs, segments: Segments, engine: Engine) -> None:
     """Take up the work of a data directory where the last process left it.
 
     Only for a process that has the directory to itself, before anything is written.
@@ -52,7 +50,7 @@ async def recover(
         _log.info("Going on where it stopped.", batches=len(unfinished), slices=running)
 
 
-async def _sweep(*, store: Store, blobs: Blobs, segments: LocalSegments) -> None:
+async def _sweep(*, store: Store, blobs: Blobs, segments: Segments) -> None:
     """Delete bytes that nothing names: of files whose publishing was cut off."""
     keys: list[str] = []
     for prefix in ("files", "parts"):

@@ -8,13 +8,12 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import structlog
 
 from penstock.blobs.base import Blobs
-from penstock.blobs.segments import Kind, LocalSegments, SegmentWriter
+from penstock.blobs.segments import Kind, Segments, SegmentWriter
 from penstock.errors import StorageUnavailable
 from penstock.executor.admission import Admission, AdmissionPolicy
 from penstock.executor.group import GroupCommit
@@ -72,7 +71,7 @@ class HeldSlice:
         self.slice = claimed.slice
         self.endpoint = claimed.endpoint
         self.expires_at = float(claimed.expires_at)
-        self.writer = SegmentWriter(Path())  # until its own is opened
+        self.writer = SegmentWriter()  # until its own is opened
         self.is_stopping = False
         self.is_aborted = False
         self.flights: dict[int, asyncio.Task[None]] = {}
@@ -189,7 +188,7 @@ class Worker:
         *,
         store: Store,
         blobs: Blobs,
-        segments: LocalSegments,
+        segments: Segments,
         routes: Routes,
         policies: Mapping[str, AdmissionPolicy],
         health: Health,
@@ -218,6 +217,7 @@ class Worker:
         """Slices that were given back because all that is left of them waits for these
         models."""
         self._keeper = Keeper(
+            segments=segments,
             gate=self._gate,
             health=health,
             stats=metrics.work,
@@ -369,11 +369,10 @@ class Worker:
                 held.drop(line)
 
     async def _open_segment(self, piece: Slice) -> SegmentWriter:
+        place = (piece.batch_id, piece.index, piece.attempt)
         if piece.attempt == 1:  # which touches no disk, so a thread would only cost time
-            return self._segments.open(piece.batch_id, piece.index, 1)
-        return await asyncio.to_thread(
-            self._segments.open, piece.batch_id, piece.index, piece.attempt
-        )
+            return self._segments.open(*place, requests=piece.requests)
+        return await asyncio.to_thread(self._segments.open, *place, requests=piece.requests)
 
     def _queue(self, held: HeldSlice, lines: list[RequestLine]) -> None:
         by_lane: dict[str, list[RequestLine]] = {}

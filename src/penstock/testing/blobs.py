@@ -130,11 +130,15 @@ class BlobContract:
             await putting
         await self.until_nothing_is_left(raw)
 
-    @pytest.mark.parametrize("pieces", [[], [b"abc", b"", b"def"], [LARGE, LARGE]])
+    @pytest.mark.parametrize(
+        "pieces", [[], [b"abc", b"", b"def"], [LARGE, LARGE], [b"x"] * 3000]
+    )
     async def test_pieces_may_be_made_in_a_thread(
         self, blobs: Blobs, raw: RawBlobs, pieces: list[bytes]
     ) -> None:
-        size = await blobs.put_made("files/a", iter(pieces))
+        some = [pieces[:2], [memoryview(each) for each in pieces[2:]]]
+
+        size = await blobs.put_made("files/a", iter(some))
 
         assert raw.get("files/a") == b"".join(pieces)
         assert size == sum(map(len, pieces))
@@ -145,8 +149,8 @@ class BlobContract:
         class Refused(Exception):
             pass
 
-        def pieces() -> Iterator[bytes]:
-            yield LARGE
+        def pieces() -> Iterator[list[bytes]]:
+            yield [LARGE]
             raise Refused
 
         with pytest.raises(Refused):
@@ -159,11 +163,11 @@ class BlobContract:
     ) -> None:
         begun, go_on = threading.Event(), threading.Event()
 
-        def pieces() -> Iterator[bytes]:
-            yield LARGE
+        def pieces() -> Iterator[list[bytes]]:
+            yield [LARGE]
             begun.set()
             go_on.wait(10)
-            yield LARGE
+            yield [LARGE]
 
         putting = asyncio.create_task(blobs.put_made("files/a", pieces()))
         await asyncio.to_thread(begun.wait, 10)
