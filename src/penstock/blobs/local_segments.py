@@ -46,13 +46,9 @@ class LocalWriter(SegmentWriter):
         if not self._is_folder_named:
             _sync_folder(self._path.parent.parent)
             self._is_folder_named = True
-        try:
-            _write_all(self._file, data, self.size)
-            os.fdatasync(self._file)
-        except OSError:
-            # A torn tail would hide what is written after it.
-            os.ftruncate(self._file, self.size)
-            raise
+        # What a failure leaves behind is torn, so nobody reads it, and is written over.
+        _write_all(self._file, data, self.size)
+        os.fdatasync(self._file)
         self.keep(len(data))
 
     def close(self) -> None:
