@@ -41,8 +41,7 @@ def record(program: Path, server: harness.Process, target: Path) -> subprocess.P
     """Look at a server until it ends."""
     command = [str(program), "record", "--pid", str(server.popen.pid), "--rate", "250"]
     command += ["--gil", "--format", "raw", "--output", str(target)]
-    popen = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    return popen
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def stacks(path: Path) -> Counter[tuple[str, ...]]:

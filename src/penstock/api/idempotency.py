@@ -1,10 +1,10 @@
 """What tells a request from the same request sent again."""
 
-import time
 from typing import Annotated
 
 from fastapi import Depends, Header
 
+from penstock import clock
 from penstock.service import Asked
 
 MAX_KEY_CHARS = 255
@@ -32,7 +32,7 @@ def read_asked(
     """When the request arrived, its key, and whether it is sent again."""
     count = x_stainless_retry_count or ""
     is_retry = count.isascii() and count.isdigit() and count.strip("0") != ""
-    return Asked(at=time.time(), key=idempotency_key, is_retry=is_retry)
+    return Asked(at=clock.now(), key=idempotency_key, is_retry=is_retry)
 
 
 AskedOnce = Annotated[Asked, Depends(read_asked)]

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import structlog
 
+from penstock import clock
 from penstock.engine.base import Engine
 from penstock.errors import StorageUnavailable
 from penstock.model import BatchId, Job, JobKind, ProjectId, Slice, SliceId
@@ -113,7 +114,7 @@ class Feeder:
         if (now := time.monotonic()) - self._looked_at >= _LOOK_S:
             self._looked_at, before = now, self._looked_at
             try:
-                backlog = await self._store.list_backlog(now=int(time.time()))
+                backlog = await self._store.list_backlog(now=int(clock.now()))
             except StorageUnavailable:
                 self._looked_at = before
                 raise

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import structlog
 
+from penstock import clock
 from penstock.executor.admission import Admission, Outcome, Ticket, Verdict, choose
 from penstock.jsonl import RequestLine
 from penstock.telemetry import LaneGauges, UpstreamGauges, UpstreamStats
@@ -295,7 +296,7 @@ class Lane:
             reply,
             attempt=1 if is_free else queued.attempt,
             jitter=random.random(),
-            time_left_s=owner.expires_at - time.time(),
+            time_left_s=owner.expires_at - clock.now(),
         )
         if wait_s is None:
             self._tell(admission, reply)

@@ -8,7 +8,6 @@ missing is not finished, its slice is run again for the lines that are missing.
 
 import asyncio
 import secrets
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -17,6 +16,7 @@ from weakref import WeakValueDictionary
 import msgspec
 import structlog
 
+from penstock import clock
 from penstock.blobs.base import Blobs, Piece
 from penstock.blobs.segments import Kind, Segments, SliceReplies
 from penstock.engine.base import Engine
@@ -177,7 +177,7 @@ class Lifecycle:
         except NotFound:
             checked = None
         checked = checked or _unreadable(batch)
-        now = int(time.time())
+        now = int(clock.now())
         try:
             if checked.faults:
                 change = BatchChange(faults=checked.faults)
@@ -257,7 +257,7 @@ class Lifecycle:
         if batch.status in FINAL:
             return
         tally = await self._store.tally_slices(batch_id)
-        step = next_step(batch, tally, now=time.time())
+        step = next_step(batch, tally, now=clock.now())
         if step is Step.STOP:
             self._feed()  # which must not hand out its slices any more
             await self._engine.cancel(
@@ -271,7 +271,7 @@ class Lifecycle:
             try:
                 if batch.status is BatchStatus.IN_PROGRESS:
                     batch = await self._store.move_batch(
-                        batch_id, BatchStatus.FINALIZING, now=int(time.time())
+                        batch_id, BatchStatus.FINALIZING, now=int(clock.now())
                     )
                 async with self._writing:
                     is_done = await self._finalize(batch)
@@ -323,7 +323,7 @@ class Lifecycle:
             )
             status = ending(batch, is_whole=not missing)
             ended = await self._store.move_batch(
-                batch.id, status, now=int(time.time()), change=change
+                batch.id, status, now=int(clock.now()), change=change
             )
         except _Gap as gap:
             _log.error(
@@ -367,7 +367,7 @@ class Lifecycle:
 
         walk = self._walk(batch, found, kind, asyncio.get_running_loop())
         size = await self._blobs.put_made(key, walk)
-        now = int(time.time())
+        now = int(clock.now())
         return File(
             id=file_id,
             project_id=batch.project_id,

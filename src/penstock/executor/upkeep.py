@@ -1,11 +1,11 @@
 """Upkeep: what a dead process left behind, and what has had its time."""
 
 import asyncio
-import time
 from contextlib import suppress
 
 import structlog
 
+from penstock import clock
 from penstock.blobs.base import Blobs
 from penstock.blobs.segments import Segments
 from penstock.engine.base import Engine
@@ -76,7 +76,7 @@ async def keep_up(*, store: Store, blobs: Blobs) -> None:
     cancelled."""
     while True:
         try:
-            now = int(time.time())
+            now = int(clock.now())
             while over := await store.list_expired_files(now=now, limit=_AT_ONCE):
                 for file in over:
                     await _delete_file(store, blobs, file)
@@ -100,21 +100,21 @@ async def watch_deliveries(*, store: Store, engine: Engine) -> None:
     while True:
         await asyncio.sleep(_LOOK_EVERY_S)
         try:
-            await engine.enqueue(await store.list_due_deliveries(until=time.time()))
+            await engine.enqueue(await store.list_due_deliveries(until=clock.now()))
         except StorageUnavailable as error:
             _log.warning("Deliveries cannot be looked at for now.", error=str(error))
 
 
 async def _end_upload(store: Store, blobs: Blobs, upload: Upload) -> None:
     with suppress(Conflict):  # it has ended otherwise
-        await store.end_upload(upload.id, UploadStatus.EXPIRED, now=int(time.time()))
+        await store.end_upload(upload.id, UploadStatus.EXPIRED, now=int(clock.now()))
         keys = [key async for key in blobs.iter_keys(f"parts/{upload.id}")]
         await _delete_unused(store, blobs, keys)
 
 
 async def _delete_file(store: Store, blobs: Blobs, file: File) -> None:
     try:
-        gone = await store.delete_file(file.project_id, file.id, now=int(time.time()))
+        gone = await store.delete_file(file.project_id, file.id, now=int(clock.now()))
     except NotFound:
         return
     if gone is not None:

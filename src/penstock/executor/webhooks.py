@@ -7,7 +7,6 @@ twice, with the same `webhook-id`, and never not at all while its webhook answer
 
 import asyncio
 import random
-import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TypeVar
 
 import structlog
 
+from penstock import clock
 from penstock.engine.base import Engine
 from penstock.errors import NotFound, StorageUnavailable
 from penstock.model import Delivery, DeliveryId, DeliveryStatus, Job, JobKind, WebhookId
@@ -123,7 +123,7 @@ class Deliverer:
             due_at = delivery.next_attempt_at
             if due_at is None or self._is_stopping or stop.is_set():
                 return
-            if due_at > time.time():
+            if due_at > clock.now():
                 await self._engine.enqueue(
                     [Job(kind=JobKind.WEBHOOK, id=delivery_id, due_at=due_at)]
                 )
@@ -149,7 +149,7 @@ class Deliverer:
     def _judge(
         self, delivery: Delivery, reply: WebhookReply, *, may_pass: bool
     ) -> DeliveryReport:
-        now, attempt = time.time(), delivery.attempts + 1
+        now, attempt = clock.now(), delivery.attempts + 1
         again_at = None
         if reply.error is None:
             status = DeliveryStatus.DELIVERED

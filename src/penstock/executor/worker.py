@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import structlog
 
+from penstock import clock
 from penstock.blobs.base import Blobs
 from penstock.blobs.segments import Kind, Segments, SegmentWriter
 from penstock.errors import StorageUnavailable
@@ -362,7 +363,7 @@ class Worker:
             if line.line not in held.writer.lines
         ]
         held.begin(len(missing))
-        if time.time() < held.expires_at and not self._stopping.is_set():
+        if clock.now() < held.expires_at and not self._stopping.is_set():
             self._queue(held, missing)
         else:
             for line in missing:
@@ -453,7 +454,7 @@ class Worker:
             ids,
             worker_id=self._options.worker_id,
             lease_s=self._options.lease_s,
-            now=time.time(),
+            now=clock.now(),
         )
         by_id = {each.slice.id: each for each in claimed}
         return [by_id.get(name) for name in ids]
@@ -462,7 +463,7 @@ class Worker:
         # Of a slice that reports twice in one group, only the later report counts.
         latest = {report.id: report for report in reports}
         lost = await self._store.report_slices(
-            list(latest.values()), lease_s=self._options.lease_s, now=time.time()
+            list(latest.values()), lease_s=self._options.lease_s, now=clock.now()
         )
         for name in lost:
             _log.warning("A slice was claimed by another worker meanwhile.", slice_id=name)
@@ -529,7 +530,7 @@ class Worker:
 
 def _left_s(held: HeldSlice) -> float:
     """Until the completion window closes, in seconds."""
-    return max(held.expires_at - time.time(), 0.0)
+    return max(held.expires_at - clock.now(), 0.0)
 
 
 async def _first_of(*events: asyncio.Event, timeout_s: float) -> None:
