@@ -22,8 +22,8 @@ from pathlib import Path
 import msgspec
 
 from benchmarks import harness
+from penstock.blobs.folder import FolderBlobs
 from penstock.blobs.local_segments import LocalSegments
-from penstock.blobs.objects import ObjectBlobs
 from penstock.blobs.segments import Kind
 from penstock.executor.lifecycle import Lifecycle, LifecycleOptions
 from penstock.executor.replies import reply_line
@@ -186,7 +186,7 @@ async def finalize(space: Path, size: int) -> dict[str, object]:
     store = SqlStore(f"sqlite:///{data_dir}/penstock.db", jobs=None)
     data_dir.mkdir()
     await store.open()
-    blobs, segments = ObjectBlobs(data_dir / "blobs"), LocalSegments(data_dir / "segments")
+    blobs, segments = FolderBlobs(data_dir / "blobs"), LocalSegments(data_dir / "segments")
     project = await store.ensure_project("default")
     taken: list[float] = []
     written = 0

@@ -532,7 +532,7 @@ FAULTS = [
     ),
     Fault(
         "blobs: a full disk is some error",
-        "blobs/objects.py",
+        "blobs/folder.py",
         "        except (BaseError, OSError) as error:\n            if source_error",
         "        except ZeroDivisionError as error:\n            if source_error",
         BLOBS,

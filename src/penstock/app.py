@@ -28,8 +28,8 @@ import uvicorn
 
 from penstock import __version__
 from penstock.api.routes import create_api
+from penstock.blobs.folder import FolderBlobs
 from penstock.blobs.local_segments import LocalSegments
-from penstock.blobs.objects import ObjectBlobs
 from penstock.engine.pgqueuer import MemoryEngine
 from penstock.errors import DataDirInUse, InvalidSettings
 from penstock.executor.admission import AdmissionPolicy
@@ -105,7 +105,7 @@ async def open_app(
         metrics = Metrics(health)
         engine = MemoryEngine()
         store = SqlStore(store_url(data_dir), jobs=engine)
-        blobs = ObjectBlobs(data_dir / "blobs")
+        blobs = FolderBlobs(data_dir / "blobs")
         segments = LocalSegments(data_dir / "segments")
         routes = _make_routes(settings)
         feeder = Feeder(store=store, engine=engine)

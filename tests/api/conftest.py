@@ -24,8 +24,8 @@ from fastapi import FastAPI
 from openai import DefaultHttpxClient, OpenAI
 
 from penstock.api.routes import create_api
+from penstock.blobs.folder import FolderBlobs
 from penstock.blobs.local_segments import LocalSegments
-from penstock.blobs.objects import ObjectBlobs
 from penstock.blobs.segments import Kind
 from penstock.executor.partial import PartialResults
 from penstock.model import (
@@ -78,7 +78,7 @@ class Server:
 
     def __init__(self, folder: Path, *, open_project: str | None = None) -> None:
         self.store = SqlStore(f"sqlite:///{folder / 'penstock.db'}")
-        self.blobs = ObjectBlobs(folder / "blobs")
+        self.blobs = FolderBlobs(folder / "blobs")
         self.blob_folder = folder / "blobs"
         self.segments = LocalSegments(folder / "segments")
         self.health = Health()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from penstock.blobs.objects import ObjectBlobs
+from penstock.blobs.folder import FolderBlobs
 from penstock.errors import Conflict, InvalidRequest, NotFound, StorageUnavailable
 from penstock.intake import Intake
 from penstock.model import (
@@ -87,7 +87,7 @@ class Form:
 class World:
     service: Service
     store: RacedStore
-    blobs: ObjectBlobs
+    blobs: FolderBlobs
     project_id: ProjectId
 
     async def add_input(self) -> File:
@@ -111,7 +111,7 @@ class World:
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     store = RacedStore(f"sqlite:///{tmp_path / 'penstock.db'}")
     await store.open()
-    blobs = ObjectBlobs(tmp_path / "blobs")
+    blobs = FolderBlobs(tmp_path / "blobs")
     service = Service(
         store=store,
         blobs=blobs,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from penstock.blobs.objects import ObjectBlobs
+from penstock.blobs.folder import FolderBlobs
 from penstock.errors import StorageUnavailable
 from penstock.model import BatchStatus
 from penstock.store.sql import SqlStore
@@ -176,14 +176,14 @@ async def test_input_files_that_cannot_be_read_do_not_stop_the_others(
     data_dir: Path, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken: set[str] = set()
-    size = ObjectBlobs.size
+    size = FolderBlobs.size
 
-    async def fails(self: ObjectBlobs, key: str) -> int:
+    async def fails(self: FolderBlobs, key: str) -> int:
         if key in broken:
             raise StorageUnavailable("The storage did not answer: input/output error.")
         return await size(self, key)
 
-    monkeypatch.setattr(ObjectBlobs, "size", fails)
+    monkeypatch.setattr(FolderBlobs, "size", fails)
     async with Bench(data_dir, upstream) as bench:
         service, project_id = bench.app.service, bench.app.project_id
         for name in ("a", "b"):

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from penstock.blobs.folder import FolderBlobs
 from penstock.blobs.local_segments import LocalWriter
-from penstock.blobs.objects import ObjectBlobs
 from penstock.blobs.segments import Kind
 from penstock.errors import DataDirInUse, NotFound
 from penstock.model import BatchStatus, Counts, File, FileId, Purpose, SliceStatus, Usage
@@ -717,7 +717,7 @@ async def test_a_batch_that_was_never_read_is_read_after_a_restart(
         store = bench.store
         service = Service(
             store=store,  # whose jobs go nowhere, as if the process had died
-            blobs=ObjectBlobs(data_dir / "blobs"),
+            blobs=FolderBlobs(data_dir / "blobs"),
             partial=None,  # pyright: ignore[reportArgumentType]
             upstreams=Routes([]),
             limits=ServiceLimits(),

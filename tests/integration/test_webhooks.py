@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
+from penstock.blobs.folder import FolderBlobs
 from penstock.blobs.local_segments import LocalSegments
-from penstock.blobs.objects import ObjectBlobs
 from penstock.engine.pgqueuer import MemoryEngine
 from penstock.errors import StorageUnavailable
 from penstock.executor.upkeep import recover
@@ -339,7 +339,7 @@ async def test_a_start_knows_of_every_delivery_that_is_pending(
 
     engine = Recorder()
     store = SqlStore(store_url(tmp_path))
-    blobs, segments = ObjectBlobs(tmp_path / "blobs"), LocalSegments(tmp_path / "segments")
+    blobs, segments = FolderBlobs(tmp_path / "blobs"), LocalSegments(tmp_path / "segments")
     await recover(store=store, blobs=blobs, segments=segments, engine=engine)
     await store.close()
 

@@ -11,7 +11,7 @@ import obstore
 import pytest
 from obstore.exceptions import GenericError
 
-from penstock.blobs.objects import ObjectBlobs
+from penstock.blobs.folder import FolderBlobs
 from penstock.errors import StorageUnavailable
 from penstock.testing.blobs import LARGE, MB, BlobContract, chunks_of
 from tests.disks import small_disk
@@ -43,12 +43,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def blobs(folder: Path) -> ObjectBlobs:
-    return ObjectBlobs(folder)
+def blobs(folder: Path) -> FolderBlobs:
+    return FolderBlobs(folder)
 
 
 @pytest.fixture
-def raw(folder: Path, blobs: ObjectBlobs) -> RawFolder:
+def raw(folder: Path, blobs: FolderBlobs) -> RawFolder:
     return RawFolder(folder)
 
 
@@ -57,15 +57,15 @@ class TestContract(BlobContract):
 
 
 def test_the_folder_is_made_and_may_be_there_already(folder: Path) -> None:
-    ObjectBlobs(folder)
-    ObjectBlobs(folder)
+    FolderBlobs(folder)
+    FolderBlobs(folder)
 
     assert folder.is_dir()
 
 
 async def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path: Path) -> None:
     with small_disk(tmp_path, bytes=2 * MB) as disk:
-        blobs = ObjectBlobs(disk.path / "blobs")
+        blobs = FolderBlobs(disk.path / "blobs")
         raw = RawFolder(disk.path / "blobs")
 
         with pytest.raises(StorageUnavailable) as told:
@@ -79,7 +79,7 @@ async def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path: Path) -> 
 
 
 async def test_a_put_cancelled_at_its_last_moment_leaves_nothing(
-    blobs: ObjectBlobs, raw: RawFolder, monkeypatch: pytest.MonkeyPatch
+    blobs: FolderBlobs, raw: RawFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, go_on = threading.Event(), threading.Event()
     sync = os.fsync
@@ -101,7 +101,7 @@ async def test_a_put_cancelled_at_its_last_moment_leaves_nothing(
 
 
 async def test_a_disk_that_fails_at_the_last_moment_leaves_nothing(
-    blobs: ObjectBlobs, raw: RawFolder, monkeypatch: pytest.MonkeyPatch
+    blobs: FolderBlobs, raw: RawFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken_sync(descriptor: int) -> None:
         raise OSError(5, "Input/output error")
@@ -114,7 +114,7 @@ async def test_a_disk_that_fails_at_the_last_moment_leaves_nothing(
 
 
 async def test_what_a_dead_process_left_is_deleted_and_blobs_are_kept(
-    blobs: ObjectBlobs, raw: RawFolder
+    blobs: FolderBlobs, raw: RawFolder
 ) -> None:
     await blobs.put("files/a", chunks_of(b"abc"))
     raw.set("files/b#1", b"half a bl")
@@ -128,12 +128,12 @@ async def test_what_a_dead_process_left_is_deleted_and_blobs_are_kept(
 
 @pytest.mark.parametrize("way", ["put", "put_made"])
 async def test_a_name_that_cannot_be_synced_leaves_nothing(
-    blobs: ObjectBlobs, raw: RawFolder, monkeypatch: pytest.MonkeyPatch, way: str
+    blobs: FolderBlobs, raw: RawFolder, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    def fail(self: ObjectBlobs, key: str) -> None:
+    def fail(self: FolderBlobs, key: str) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(ObjectBlobs, "_sync", fail)
+    monkeypatch.setattr(FolderBlobs, "_sync", fail)
     with pytest.raises(StorageUnavailable, match="did not take a file"):
         if way == "put":
             await blobs.put("files/a", chunks_of(b"abc"))
@@ -144,7 +144,7 @@ async def test_a_name_that_cannot_be_synced_leaves_nothing(
 
 
 async def test_keys_that_cannot_be_listed_are_told(
-    blobs: ObjectBlobs, monkeypatch: pytest.MonkeyPatch
+    blobs: FolderBlobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail(*_: object) -> AsyncIterator[list[dict[str, str]]]:
         raise GenericError("too many open files")

@@ -5,8 +5,11 @@ once, whole, and never changed; whoever needs other bytes takes another key. So 
 lock, no version and no create-if-absent, which not every object store has.
 """
 
+import secrets
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Protocol
+
+from penstock.errors import StorageUnavailable
 
 Piece = bytes | memoryview
 
@@ -67,3 +70,25 @@ class Blobs(Protocol):
     def iter_keys(self, prefix: str) -> AsyncIterator[str]:
         """The keys below `prefix`, in no particular order."""
         ...
+
+    async def check(self) -> None:
+        """Write, read and delete a small blob under `check/`.
+
+        Raises:
+            StorageUnavailable: One of these does not work; the message says what to do.
+        """
+        ...
+
+
+async def check_by_trial(blobs: Blobs) -> None:
+    """What `check` does, wherever the blobs lie."""
+    key, text = f"check/{secrets.token_hex(16)}", secrets.token_bytes(64)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield text
+
+    await blobs.put(key, chunks())
+    read = await blobs.get_range(key, 0, len(text))
+    await blobs.delete([key])
+    if read != text:
+        raise StorageUnavailable("The storage gave other bytes than it was given.")

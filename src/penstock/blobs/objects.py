@@ -1,144 +1,147 @@
-"""Blobs in a folder, through obstore, which speaks to object stores alike.
+"""Blobs in an object store: S3, Google Cloud Storage or Azure, through obstore.
 
-A blob is written under a temporary name and renamed when it is whole; obstore removes the
-temporary file when the writing fails or is cancelled. What a killed process leaves behind is
-deleted by `delete_leftovers`.
+A blob of some size goes up in parts, of which a few are in memory, and appears when the last
+one has been told. A write that fails or is cancelled takes its parts back. What a killed
+process leaves behind in parts is never listed as an object; a lifecycle rule of the bucket
+must delete it.
 """
 
 import asyncio
-import os
-import secrets
-import threading
-from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
+import itertools
+from collections import deque
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Generator,
+    Iterator,
+    Sequence,
+)
+from contextlib import aclosing, contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 import obstore
-from obstore.exceptions import BaseError
-from obstore.store import LocalStore
+from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
-from penstock.blobs.base import Piece
+from penstock.blobs.base import Piece, check_by_trial
+from penstock.blobs.storage_errors import explain, names_no_bucket
 from penstock.errors import NotFound, StorageUnavailable
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
+    from obstore.store import AzureStore, GCSStore, S3Store
 
 PIECE_BYTES = 1 << 20
-"""How much is read or written at once."""
-_PARTS_IN_FLIGHT = 2
-_SYNC_BYTES = 16 << 20
-_MOST_PIECES = 1024
-"""How many pieces the system writes at once; IOV_MAX."""
+"""About how much is handed on at once."""
+PART_BYTES = 8 << 20
+"""A blob up to this size goes up in one request. S3 takes 10,000 parts: 78 GiB."""
+_PARTS_IN_FLIGHT = 3
+_SPAN_BYTES = 4 << 20
+"""How much of a stream one request brings."""
+_SPANS_AHEAD = 2
+_DELETES_AT_ONCE = 16
+_PARTING_S = 5.0
+"""How long a write that is given up may take to clean up after itself."""
 
 
 class ObjectBlobs:
-    """Keeps blobs as files below `root`, which is made if it is not there."""
+    """Keeps blobs as objects of one bucket, or of a prefix in it.
 
-    def __init__(self, root: Path) -> None:
-        root.mkdir(parents=True, exist_ok=True)
-        self._root = root
-        self._store = LocalStore(root, mkdir=True)
+    Args:
+        store: The bucket. Its time-outs and retries bound how long a call may take.
+        url: What the settings call it; named in errors.
+        takes_many_deletes: Whether one request can delete many objects.
+    """
+
+    def __init__(
+        self,
+        store: "S3Store | GCSStore | AzureStore",
+        *,
+        url: str,
+        takes_many_deletes: bool = False,
+    ) -> None:
+        self._store = store
+        self._url = url
+        self._takes_many_deletes = takes_many_deletes
 
     async def put(self, key: str, chunks: AsyncIterator[bytes]) -> int:
-        size = 0
-        source_error: Exception | None = None
-
-        async def counted() -> AsyncIterator[bytes]:
-            nonlocal size, source_error
-            try:
-                async for chunk in chunks:
-                    size += len(chunk)
-                    yield chunk
-            except Exception as error:
-                source_error = error
-                raise
-
-        try:
-            await obstore.put_async(
-                self._store,
-                key,
-                counted(),
-                chunk_size=PIECE_BYTES,
-                max_concurrency=_PARTS_IN_FLIGHT,
-                use_multipart=True,
-            )
-        except (BaseError, OSError) as error:
-            if source_error is not None:
-                raise source_error from None
-            raise StorageUnavailable(
-                f"The storage did not take a file: {_cause(error)}."
-            ) from error
-        try:
-            await asyncio.to_thread(self._sync, key)
-        except asyncio.CancelledError:
-            (self._root / key).unlink(missing_ok=True)
-            raise
-        except OSError as error:
-            (self._root / key).unlink(missing_ok=True)
-            raise StorageUnavailable(
-                f"The storage did not take a file: {_cause(error)}."
-            ) from error
+        async with aclosing(_joined(chunks)) as pieces:
+            start: list[bytes] = []
+            size = 0
+            async for piece in pieces:
+                start.append(piece)
+                size += len(piece)
+                if size > PART_BYTES:
+                    return await self._put_parts(key, start, pieces)
+        data = b"".join(start)
+        # Not in parts: that would take three requests.
+        writing = asyncio.ensure_future(
+            obstore.put_async(self._store, key, data, use_multipart=False)
+        )
+        await self._see_through(key, writing)
         return size
 
     async def put_made(self, key: str, pieces: Iterator[Sequence[Piece]]) -> int:
-        # Each piece would hop to the loop, to obstore's threads and back; here it stays in one.
-        is_given_up = threading.Event()
-        work = asyncio.to_thread(self._put_made, key, pieces, is_given_up)
-        writing = asyncio.ensure_future(work)
-        try:
-            return await asyncio.shield(writing)
-        except asyncio.CancelledError:
-            is_given_up.set()
-            await asyncio.wait({writing})
-            if not writing.exception():  # it was whole by then
-                (self._root / key).unlink(missing_ok=True)
-            raise
+        return await self.put(key, _made(pieces))
 
-    def _put_made(
-        self, key: str, pieces: Iterator[Sequence[Piece]], is_given_up: threading.Event
+    async def _put_parts(
+        self, key: str, start: list[bytes], pieces: AsyncIterator[bytes]
     ) -> int:
-        path = self._root / key
-        part = path.with_name(f"{path.name}#{secrets.token_hex(4)}")
-        size = 0
+        size = sum(map(len, start))
+        handing = _Handing(start)
+        start.clear()
+        writing = asyncio.ensure_future(
+            obstore.put_async(
+                self._store,
+                key,
+                handing.pieces(),
+                chunk_size=PART_BYTES,
+                max_concurrency=_PARTS_IN_FLIGHT,
+                use_multipart=True,
+            )
+        )
         try:
-            with _writing():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                with _Syncer(file) as syncer:
-                    for some in pieces:
-                        if is_given_up.is_set():
-                            raise StorageUnavailable("The writing was given up.")
-                        with _writing():
-                            size += _write_all(file, some)
-                            syncer.note(size)
-                with _writing():
-                    syncer.finish()
-                    os.fsync(file)
-            finally:
-                os.close(file)
-            with _writing():
-                part.rename(path)
-                try:
-                    self._sync(key)
-                except OSError:
-                    path.unlink(missing_ok=True)
-                    raise
+            async for piece in pieces:
+                if not await handing.give(piece, writing):
+                    break  # the write has failed, as will be told
+                size += len(piece)
+            else:
+                await handing.give(None, writing)
         except BaseException:
-            part.unlink(missing_ok=True)
+            handing.give_up()
+            await self._take_back(key, writing)
             raise
+        await self._see_through(key, writing)
         return size
 
+    async def _see_through(self, key: str, writing: "asyncio.Future[Any]") -> None:
+        """Await a write; nothing of it is left if it fails or the caller is cancelled."""
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            await self._take_back(key, writing)
+            raise
+        except (BaseError, OSError) as error:
+            await self._take_back(key, writing)
+            raise self._trouble(error, is_write=True) from error
+
+    async def _take_back(self, key: str, writing: "asyncio.Future[Any]") -> None:
+        # A request that is dropped may still be carried out; one that has ended can be undone.
+        await asyncio.wait({writing}, timeout=_PARTING_S)
+        if not writing.cancel() and isinstance(writing.exception(), _NOTHING_WRITTEN):
+            return
+        with suppress(BaseError, OSError):  # TimeoutError is one of these
+            async with asyncio.timeout(_PARTING_S):
+                await obstore.delete_async(self._store, key)
+
     async def size(self, key: str) -> int:
-        with _reading(key):
+        with self._reading(key):
             return (await obstore.head_async(self._store, key))["size"]
 
     async def get_range(self, key: str, start: int, end: int) -> bytes:
         if end <= start:
             return b""
-        with _reading(key):
+        with self._reading(key):
             data = await obstore.get_range_async(self._store, key, start=start, end=end)
         return data.to_bytes()
 
@@ -146,127 +149,180 @@ class ObjectBlobs:
         self, key: str, start: int = 0, end: int | None = None
     ) -> AsyncIterator[bytes]:
         stop = await self.size(key) if end is None else end
-        ahead = None
+        spans = _spans(start, stop)
+        ahead: deque[asyncio.Task[bytes]] = deque()
+
+        def look_ahead(count: int) -> None:
+            for first, last in itertools.islice(spans, count):
+                fetching = asyncio.create_task(self.get_range(key, first, last))
+                fetching.add_done_callback(_hear)
+                ahead.append(fetching)
+
         try:
-            while start < stop or ahead is not None:
-                data = await ahead if ahead is not None else b""
-                ahead = None
-                if start < stop:
-                    # The next piece is read while the caller works on this one.
-                    following = min(start + PIECE_BYTES, stop)
-                    ahead = asyncio.ensure_future(self.get_range(key, start, following))
-                    start = following
-                if data:
-                    yield data
+            look_ahead(_SPANS_AHEAD)
+            while ahead:
+                data = await ahead[0]
+                ahead.popleft()
+                look_ahead(1)
+                for offset in range(0, len(data), PIECE_BYTES):
+                    yield data[offset : offset + PIECE_BYTES]
         finally:
-            if ahead is not None:
-                ahead.cancel()
+            for fetching in ahead:
+                fetching.cancel()
 
     async def delete(self, keys: Sequence[str]) -> None:
-        for key in keys:
-            with _reading(key):
-                try:
-                    await obstore.delete_async(self._store, key)
-                except FileNotFoundError:
-                    continue
+        if self._takes_many_deletes:
+            if keys:
+                with self._deleting():
+                    await obstore.delete_async(self._store, list(keys))
+            return
+        for first in range(0, len(keys), _DELETES_AT_ONCE):
+            some = keys[first : first + _DELETES_AT_ONCE]
+            with self._deleting():
+                await asyncio.gather(*map(self._delete_one, some))
+
+    async def _delete_one(self, key: str) -> None:
+        try:
+            await obstore.delete_async(self._store, key)
+        except FileNotFoundError as error:
+            if names_no_bucket(error):
+                raise
 
     async def iter_keys(self, prefix: str) -> AsyncIterator[str]:
         pages: AsyncIterable[Sequence[ObjectMeta]] = obstore.list(self._store, prefix)  # pyright: ignore[reportUnknownMemberType]
         walk = aiter(pages)
         while True:
-            with _reading(prefix):
+            with self._reading(prefix):
                 page = await anext(walk, None)
             if page is None:
                 return
             for entry in page:
                 yield entry["path"]
 
-    def delete_leftovers(self) -> None:
-        """Delete the temporary files of writes that a dead process did not end.
+    async def check(self) -> None:
+        await check_by_trial(self)
 
-        Only for a folder that this process has to itself, and before its first `put`.
+    @contextmanager
+    def _reading(self, key: str) -> Generator[None]:
+        try:
+            yield
+        except (BaseError, OSError) as error:
+            if isinstance(error, FileNotFoundError) and not names_no_bucket(error):
+                raise NotFound(f"There is no blob '{key}'.") from error
+            raise self._trouble(error, is_write=False) from error
+
+    @contextmanager
+    def _deleting(self) -> Generator[None]:
+        try:
+            yield
+        except (BaseError, OSError) as error:
+            raise self._trouble(error, is_write=True) from error
+
+    def _trouble(self, error: BaseException, *, is_write: bool) -> StorageUnavailable:
+        return StorageUnavailable(explain(error, url=self._url, is_write=is_write))
+
+
+class _GivenUp(Exception):
+    """Tells obstore to take back the parts that it has sent."""
+
+
+_NOTHING_WRITTEN = (
+    _GivenUp,
+    FileNotFoundError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
+"""Errors after which a store holds nothing of what it was sent."""
+
+
+class _Handing:
+    """Hands pieces to a write of obstore's, which takes back what it wrote only if its source
+    fails, not if it is cancelled itself."""
+
+    def __init__(self, start: Sequence[bytes]) -> None:
+        self._queue: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=1)
+        self._start = deque(start)
+        self._is_given_up = False
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        while self._start:
+            yield self._start.popleft()
+        while (piece := await self._queue.get()) is not None:
+            yield piece
+        if self._is_given_up:
+            raise _GivenUp
+
+    async def give(self, piece: bytes | None, writing: "asyncio.Future[Any]") -> bool:
+        """Hand over the next piece, or None after the last.
+
+        Returns:
+            False if the write has ended before.
         """
-        for path in self._root.rglob("*#*"):
-            path.unlink(missing_ok=True)
+        giving = asyncio.ensure_future(self._queue.put(piece))
+        try:
+            await asyncio.wait({giving, writing}, return_when=asyncio.FIRST_COMPLETED)
+            return not writing.done()
+        finally:
+            giving.cancel()
 
-    def _sync(self, key: str) -> None:
-        """Make a renamed file survive a loss of power."""
-        path = self._root / key
-        # The folder of the first file in it may be new as well.
-        for target in (path, path.parent, self._root):
-            descriptor = os.open(target, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
-class _Syncer:
-    """Syncs a file now and then while it is written, in a thread beside it: the disk works
-    meanwhile, and the sync at the end finds little to do."""
-
-    def __init__(self, file: int) -> None:
-        self._file = file
-        self._threads = ThreadPoolExecutor(1, "penstock-sync")
-        self._syncs: list[Future[None]] = []
-        self._asked = 0
-
-    def note(self, size: int) -> None:
-        """Hear how much is written."""
-        is_busy = bool(self._syncs) and not self._syncs[-1].done()
-        if size - self._asked >= _SYNC_BYTES and not is_busy:
-            self._asked = size
-            self._syncs.append(self._threads.submit(os.fdatasync, self._file))
-
-    def finish(self) -> None:
-        """
-        Raises:
-            OSError: A sync has failed; the system tells so only once.
-        """
-        for sync in self._syncs:
-            sync.result()
-
-    def __enter__(self) -> "_Syncer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._threads.shutdown()
+    def give_up(self) -> None:
+        self._is_given_up = True
+        self._start.clear()
+        if self._queue.full():
+            self._queue.get_nowait()
+        self._queue.put_nowait(None)
 
 
-def _write_all(file: int, pieces: Sequence[Piece]) -> int:
-    """Write pieces one after another; the number of bytes."""
+async def _joined(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+    """The chunks, joined to pieces of at least `PIECE_BYTES`, but for the last."""
+    waiting: list[bytes] = []
     size = 0
-    for start in range(0, len(pieces), _MOST_PIECES):
-        some = [memoryview(piece) for piece in pieces[start : start + _MOST_PIECES]]
-        while some:
-            written = os.writev(file, some)
-            size += written
-            while some and written >= len(some[0]):
-                written -= len(some.pop(0))
-            if some:
-                some[0] = some[0][written:]
-    return size
+    async for chunk in chunks:
+        waiting.append(chunk)
+        size += len(chunk)
+        if size >= PIECE_BYTES:
+            yield b"".join(waiting)
+            waiting.clear()
+            size = 0
+    if size:
+        yield b"".join(waiting)
 
 
-@contextmanager
-def _writing() -> Generator[None]:
-    try:
-        yield
-    except OSError as error:
-        message = f"The storage did not take a file: {_cause(error)}."
-        raise StorageUnavailable(message) from error
+async def _made(pieces: Iterator[Sequence[Piece]]) -> AsyncIterator[bytes]:
+    """Pieces that are made in a thread, which has stopped when this ends."""
+    while True:
+        making = asyncio.ensure_future(asyncio.to_thread(_make, pieces))
+        try:
+            made = await asyncio.shield(making)
+        except asyncio.CancelledError:
+            await asyncio.wait({making})
+            making.exception()
+            raise
+        if not made:
+            return
+        yield made
 
 
-@contextmanager
-def _reading(key: str):
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise NotFound(f"There is no blob '{key}'.") from error
-    except (BaseError, OSError) as error:
-        raise StorageUnavailable(f"The storage did not answer: {_cause(error)}.") from error
+def _make(pieces: Iterator[Sequence[Piece]]) -> bytes:
+    """The next `PIECE_BYTES` or somewhat more; fewer at the end."""
+    made: list[bytes] = []
+    size = 0
+    while size < PIECE_BYTES and (some := next(pieces, None)) is not None:
+        made.append(b"".join(some))  # they are good until the next are asked for
+        size += len(made[-1])
+    return b"".join(made)
 
 
-def _cause(error: BaseException) -> str:
-    """The first line of an error, without the paths that obstore adds below it."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+def _spans(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """In which ranges a stream is fetched; the first is small, so that it comes soon."""
+    length = PIECE_BYTES
+    while start < stop:
+        end = min(start + length, stop)
+        yield start, end
+        start, length = end, _SPAN_BYTES
+
+
+def _hear(task: "asyncio.Task[bytes]") -> None:
+    """Take note of an error that nobody will ask for."""
+    if not task.cancelled():
+        task.exception()

@@ -282,6 +282,24 @@ class BlobContract:
 
         assert raw.get("files/a") == b"two"
 
+    async def test_many_are_deleted_in_one_call(self, blobs: Blobs, raw: RawBlobs) -> None:
+        keys = [f"files/{n}" for n in range(40)]
+        for key in [*keys, "files/last"]:
+            raw.set(key, b"abc")
+
+        await blobs.delete(keys)
+
+        assert raw.everything() == ["files/last"]
+
+    # check
+
+    async def test_a_check_that_succeeds_leaves_nothing(
+        self, blobs: Blobs, raw: RawBlobs
+    ) -> None:
+        await blobs.check()
+
+        assert raw.everything() == []
+
     # iter_keys
 
     async def test_the_keys_below_a_prefix_are_told_and_no_others(
