@@ -517,7 +517,7 @@ FAULTS = [
     # Engine
     Fault(
         "engine: what comes during a job is forgotten",
-        "engine/pgqueuer.py",
+        "engine/memory.py",
         "                self._again[key] = _sooner(job, self._again.get(key))\n",
         "                pass\n",
         ENGINE,
@@ -525,7 +525,7 @@ FAULTS = [
     ),
     Fault(
         "engine: a cancelled job comes again",
-        "engine/pgqueuer.py",
+        "engine/memory.py",
         "            self._again.pop(key, None)\n            if (waiting",
         "            if (waiting",
         ENGINE,
@@ -695,7 +695,7 @@ FAULTS = [
     ),
     Fault(
         "engine: a job that waits does not become due sooner",
-        "engine/pgqueuer.py",
+        "engine/memory.py",
         "elif waiting.due_at > max(job.due_at or 0.0, now):",
         "elif False:",
         ENGINE,

@@ -1,4 +1,4 @@
-"""PgQueuer as the engine, in its in-memory form.
+"""The engine of one process: PgQueuer in its in-memory form.
 
 Nothing is kept here: the store is the truth, and whoever opens a data directory fills the
 engine from it. Cancellation, due times and handing out are PgQueuer's; that a job is not
