@@ -145,6 +145,14 @@ class MemoryEngine:
             await self._jobs.clear_queue_log()
 
 
+def soonest(jobs: Sequence[Job]) -> list[Job]:
+    """Of jobs of the same kind and ID, the one due first."""
+    found: dict[_Key, Job] = {}
+    for job in jobs:
+        found[job.kind, job.id] = _sooner(job, found.get((job.kind, job.id)))
+    return list(found.values())
+
+
 def _sooner(job: Job, other: Job | None) -> Job:
     return other if other is not None and (other.due_at or 0) <= (job.due_at or 0) else job
 
