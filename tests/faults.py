@@ -541,7 +541,7 @@ FAULTS = [
     # Engine
     Fault(
         "engine: what comes during a job is forgotten",
-        "engine/pgqueuer.py",
+        "engine/memory.py",
         "                self._again[key] = _sooner(job, self._again.get(key))\n",
         "                pass\n",
         ENGINE,
@@ -549,7 +549,7 @@ FAULTS = [
     ),
     Fault(
         "engine: a cancelled job comes again",
-        "engine/pgqueuer.py",
+        "engine/memory.py",
         "            self._again.pop(key, None)\n            if (waiting",
         "            if (waiting",
         ENGINE,
@@ -719,7 +719,7 @@ FAULTS = [
     ),
     Fault(
         "engine: a job that waits does not become due sooner",
-        "engine/pgqueuer.py",
+        "engine/memory.py",
         "elif waiting.due_at > max(job.due_at or 0.0, now):",
         "elif False:",
         ENGINE,

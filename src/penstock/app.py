@@ -30,7 +30,7 @@ from penstock import __version__
 from penstock.api.routes import create_api
 from penstock.blobs.folder import FolderBlobs
 from penstock.blobs.local_segments import LocalSegments
-from penstock.engine.pgqueuer import MemoryEngine
+from penstock.engine.memory import MemoryEngine
 from penstock.errors import DataDirInUse, InvalidSettings
 from penstock.executor.admission import AdmissionPolicy
 from penstock.executor.circuit import CircuitPolicy

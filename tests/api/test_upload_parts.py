@@ -480,7 +480,7 @@ def test_what_a_dead_process_left_of_an_upload_is_swept_away(
         async def bytes_() -> AsyncIterator[bytes]:
             yield b"x"
 
-        from penstock.engine.pgqueuer import MemoryEngine
+        from penstock.engine.memory import MemoryEngine
 
         await server.blobs.put(f"parts/{upload_id}/part_lost", bytes_())
         await server.blobs.put("files/file-lost", bytes_())

@@ -12,7 +12,7 @@ from openai import OpenAI
 
 from penstock.blobs.folder import FolderBlobs
 from penstock.blobs.local_segments import LocalSegments
-from penstock.engine.pgqueuer import MemoryEngine
+from penstock.engine.memory import MemoryEngine
 from penstock.errors import StorageUnavailable
 from penstock.executor.upkeep import recover
 from penstock.executor.webhooks import Deliverer, DeliveryPolicy

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from penstock.engine.pgqueuer import MemoryEngine
+from penstock.engine.memory import MemoryEngine
 from penstock.testing.engine import EngineContract
 
 

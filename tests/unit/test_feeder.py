@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.engine.pgqueuer import MemoryEngine
+from penstock.engine.memory import MemoryEngine
 from penstock.executor.feeder import Feeder, next_batch
 from penstock.model import (
     Batch,

@@ -1,9 +1,13 @@
-"""The contract kit of `Engine`: one test for each promise of its docstrings."""
+"""The contract kits of `Engine`: one test for each promise of its docstrings.
+
+`EngineContract` is for every engine, `SharedEngineContract` for one that several processes
+share.
+"""
 
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import pytest
 
@@ -70,6 +74,13 @@ class Hands:
 
 def named(job: Job) -> str:
     return f"{job.kind} {job.id}"
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    """Wait until it is so, where two engines are looked at."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while not is_so():  # noqa: ASYNC110  (no event to await)
+            await asyncio.sleep(0.01)
 
 
 @asynccontextmanager
@@ -396,3 +407,161 @@ class EngineContract:
             assert hands.ended == [named(A)]
 
         assert hands.begun == [named(A)]
+
+
+SHARED = Job(kind=JobKind.VALIDATE, id="batch-1")
+MANY = [Job(kind=JobKind.VALIDATE, id=f"batch-{n}") for n in range(50)]
+
+Transaction = Callable[[], AbstractAsyncContextManager[object]]
+"""Begins a transaction on a connection that `enqueue` takes. It is committed at the end of the
+block, and rolled back if an exception leaves it."""
+
+
+class Regret(Exception):
+    """Makes a test's transaction roll back."""
+
+
+class SharedEngineContract:
+    """Inherit, and give fixtures: `engine` and `other`, two engines without handlers on the
+    same empty queue, of which `validate` jobs are shared; and `transaction`."""
+
+    @pytest.fixture
+    def hands(self, engine: Engine) -> Hands:
+        return Hands(engine)
+
+    @pytest.fixture
+    def others(self, other: Engine) -> Hands:
+        return Hands(other)
+
+    # Transactions
+
+    async def test_jobs_of_a_transaction_are_handed_out_once_it_is_committed(
+        self, engine: Engine, hands: Hands, transaction: Transaction
+    ) -> None:
+        async with running(engine):
+            async with transaction() as connection:
+                await engine.enqueue([SHARED], connection=connection)
+                await engine.enqueue([LAST])
+                await hands.until(lambda: bool(hands.begun) or bool(hands.ended))
+                assert hands.begun == [named(LAST)]
+            await hands.until_done(SHARED)
+
+    async def test_jobs_of_a_transaction_that_is_rolled_back_were_never_enqueued(
+        self, engine: Engine, hands: Hands, transaction: Transaction
+    ) -> None:
+        far = Job(kind=MANY[1].kind, id=MANY[1].id, due_at=time.time() + FAR_S)
+        await engine.enqueue([far])
+        with pytest.raises(Regret):
+            async with transaction() as connection:
+                await engine.enqueue([MANY[0], MANY[1]], connection=connection)
+                raise Regret
+        async with running(engine):
+            await engine.enqueue([LAST])
+            await hands.until_done(LAST)
+
+        assert hands.begun == [named(LAST)]
+
+    async def test_a_job_of_two_transactions_is_one_job(
+        self, engine: Engine, other: Engine, hands: Hands, transaction: Transaction
+    ) -> None:
+        async with transaction() as connection:
+            await engine.enqueue([SHARED], connection=connection)
+            waiting = asyncio.create_task(other.enqueue([SHARED]))
+            await asyncio.wait([waiting], timeout=0.1)
+        await waiting
+        async with running(engine):
+            await hands.until_done(SHARED)
+            await engine.enqueue([LAST])
+            await hands.until_done(LAST)
+
+        assert hands.begun == [named(SHARED), named(LAST)]
+
+    # Two engines
+
+    async def test_each_job_is_done_by_one_of_two_engines(
+        self, engine: Engine, other: Engine, hands: Hands, others: Hands
+    ) -> None:
+        async with running(engine), running(other):
+            await asyncio.gather(engine.enqueue(MANY[:25]), other.enqueue(MANY[25:]))
+            await until(lambda: len(hands.ended) + len(others.ended) == len(MANY))
+
+        assert sorted(hands.begun + others.begun) == sorted(map(named, MANY))
+
+    async def test_what_two_enqueue_at_once_is_done_once(
+        self, engine: Engine, other: Engine, hands: Hands
+    ) -> None:
+        await asyncio.gather(
+            *(each.enqueue(jobs) for each in (engine, other) for jobs in (MANY, MANY[::-1]))
+        )
+        async with running(engine):
+            await hands.until_done(*MANY)
+            await engine.enqueue([LAST])
+            await hands.until_done(LAST)
+
+        assert sorted(hands.begun) == sorted(map(named, [*MANY, LAST]))
+
+    async def test_a_job_that_one_does_is_handed_out_after_it_when_another_enqueues_it(
+        self, engine: Engine, other: Engine, hands: Hands, others: Hands
+    ) -> None:
+        go_on = asyncio.Event()
+
+        async def wait(job: str, stop: asyncio.Event) -> None:
+            if job == named(SHARED):
+                await go_on.wait()
+
+        hands.act = wait
+        async with running(engine):
+            await engine.enqueue([SHARED])
+            await hands.until(lambda: hands.begun == [named(SHARED)])
+            async with running(other):
+                await other.enqueue([SHARED])
+                await other.enqueue([LAST])
+                await until(lambda: named(LAST) in hands.ended + others.ended)
+                assert (hands.begun + others.begun).count(named(SHARED)) == 1
+                go_on.set()
+                await until(lambda: (hands.ended + others.ended).count(named(SHARED)) == 2)
+
+    async def test_a_cancel_reaches_a_job_that_another_does(
+        self, engine: Engine, other: Engine, hands: Hands
+    ) -> None:
+        async def wait(job: str, stop: asyncio.Event) -> None:
+            await stop.wait()
+
+        hands.act = wait
+        async with running(engine):
+            await engine.enqueue([SHARED])
+            await hands.until(lambda: hands.begun == [named(SHARED)])
+            await other.cancel([SHARED])
+            await hands.until_done(SHARED)
+
+    async def test_a_cancel_takes_back_what_another_has_enqueued(
+        self, engine: Engine, other: Engine, hands: Hands
+    ) -> None:
+        await engine.enqueue([SHARED])
+        await other.cancel([SHARED])
+        async with running(engine):
+            await engine.enqueue([LAST])
+            await hands.until_done(LAST)
+
+        assert hands.begun == [named(LAST)]
+
+    async def test_what_one_that_stops_has_not_begun_is_done_by_another(
+        self, engine: Engine, other: Engine, hands: Hands, others: Hands
+    ) -> None:
+        async def stop_at_first(job: str, stop: asyncio.Event) -> None:
+            if len(hands.begun) == 1:
+                stopping.append(asyncio.create_task(engine.stop()))
+                await asyncio.sleep(0)
+
+        stopping: list[asyncio.Task[None]] = []
+        hands.act = stop_at_first
+        await engine.enqueue(MANY)
+        async with running(engine) as run:
+            await run
+        await asyncio.gather(*stopping)
+        rest = [job for job in MANY if named(job) not in hands.ended]
+        async with running(other):
+            await others.until_done(*rest)
+
+        assert sorted(hands.begun + others.begun) == sorted(map(named, MANY))
+        assert rest

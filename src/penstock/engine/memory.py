@@ -1,4 +1,4 @@
-"""PgQueuer as the engine, in its in-memory form.
+"""The engine of one process: PgQueuer in its in-memory form.
 
 Nothing is kept here: the store is the truth, and whoever opens a data directory fills the
 engine from it. Cancellation, due times and handing out are PgQueuer's; that a job is not
@@ -143,6 +143,14 @@ class MemoryEngine:
         while True:
             await asyncio.sleep(_FORGET_S)
             await self._jobs.clear_queue_log()
+
+
+def soonest(jobs: Sequence[Job]) -> list[Job]:
+    """Of jobs of the same kind and ID, the one due first."""
+    found: dict[_Key, Job] = {}
+    for job in jobs:
+        found[job.kind, job.id] = _sooner(job, found.get((job.kind, job.id)))
+    return list(found.values())
 
 
 def _sooner(job: Job, other: Job | None) -> Job:
