@@ -64,11 +64,9 @@ projects = Table(
     metadata,
     Column("id", Text, primary_key=True),
     Column("name", Text, nullable=False, unique=True),
-    Column("weight", Integer, nullable=False),
+    Column("weight", BigInteger, nullable=False),
     # Whether its lines run only where others leave room.
-    Column(
-        "is_background", Boolean, nullable=False, default=False, server_default=false()
-    ),
+    Column("is_background", Boolean, nullable=False, default=False, server_default=false()),
     CheckConstraint("weight >= 1", name="weight"),
 )
 
@@ -163,20 +161,20 @@ slices = Table(
     "slices",
     metadata,
     Column("batch_id", Text, ForeignKey("batches.id"), primary_key=True),
-    Column("index", Integer, primary_key=True, autoincrement=False),
+    Column("index", BigInteger, primary_key=True, autoincrement=False),
     # Both in one, for SQLite searches no index for a list of pairs.
     Column("id", Text, nullable=False, unique=True),
     Column("start", BigInteger, nullable=False),
     Column("end", BigInteger, nullable=False),
     Column("first_line", BigInteger, nullable=False),
-    Column("requests", Integer, nullable=False),
+    Column("requests", BigInteger, nullable=False),
     Column("models", JSON, nullable=False),
     Column("status", Text, nullable=False),
-    Column("attempt", Integer, nullable=False),
+    Column("attempt", BigInteger, nullable=False),
     Column("worker_id", Text),
     Column("lease_expires_at", Double),
-    Column("completed", Integer, nullable=False),
-    Column("failed", Integer, nullable=False),
+    Column("completed", BigInteger, nullable=False),
+    Column("failed", BigInteger, nullable=False),
     *_tokens(),
     _one_of("status", SliceStatus),
     CheckConstraint('0 <= "start" AND "start" < "end"', name="range"),
@@ -264,7 +262,7 @@ deliveries = Table(
     Column("event", Text, nullable=False),
     Column("payload", Text, nullable=False),
     Column("status", Text, nullable=False),
-    Column("attempts", Integer, nullable=False),
+    Column("attempts", BigInteger, nullable=False),
     Column("created_at", BigInteger, nullable=False),
     Column("queued_at", BigInteger, nullable=False),
     Column("next_attempt_at", Double),
@@ -284,9 +282,9 @@ segment_objects = Table(
     "segment_objects",
     metadata,
     Column("batch_id", Text, ForeignKey("batches.id"), primary_key=True),
-    Column("index", Integer, primary_key=True, autoincrement=False),
-    Column("attempt", Integer, primary_key=True, autoincrement=False),
-    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("index", BigInteger, primary_key=True, autoincrement=False),
+    Column("attempt", BigInteger, primary_key=True, autoincrement=False),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
     Column("key", Text, nullable=False),
     Column("bytes", BigInteger, nullable=False),
     CheckConstraint("bytes >= 0", name="bytes"),
@@ -316,10 +314,17 @@ budget_leases = Table(
     metadata,
     Column("upstream", Text, ForeignKey("budgets.upstream"), primary_key=True),
     Column("worker_id", Text, primary_key=True),
-    Column("demand", Integer, nullable=False),
-    Column("concurrency", Integer, nullable=False),
+    Column("demand", BigInteger, nullable=False),
+    Column("concurrency", BigInteger, nullable=False),
     Column("requests_per_minute", Double, nullable=False),
     Column("tokens_per_minute", Double, nullable=False),
     Column("expires_at", Double, nullable=False),
     CheckConstraint("demand >= 0 AND concurrency >= 0", name="counts"),
+)
+
+schema_floor = Table(
+    "schema_floor",
+    metadata,
+    # One row: the oldest version of the schema whose code can work with this one.
+    Column("version", Text, primary_key=True),
 )
