@@ -259,6 +259,30 @@ def postgres_url(postgres: Database) -> Iterator[str]:
     postgres.drop_database(url)
 
 
+@pytest.fixture(scope="session")
+def _migrated(postgres: Database) -> Iterator[str]:
+    from penstock.store.sql import SqlStore
+
+    url = postgres.make_database()
+
+    async def migrate() -> None:
+        store = SqlStore(url)
+        await store.migrate()
+        await store.close()
+
+    _run_beside(migrate())
+    yield urlsplit(url).path.lstrip("/")
+    postgres.drop_database(url)
+
+
+@pytest.fixture
+def migrated_url(postgres: Database, _migrated: str) -> Iterator[str]:
+    """A database with the store's tables, all of them empty."""
+    url = postgres.make_database(template=_migrated)
+    yield url
+    postgres.drop_database(url)
+
+
 @pytest.fixture
 def own_postgres() -> Iterator[PostgresServer]:
     """A server that a test may stop and stall."""

@@ -103,7 +103,7 @@ async def test_of_two_processes_that_claim_at_once_each_slice_has_one(
 async def test_a_write_waits_for_another_process(store: SqlStore, path: Path) -> None:
     with closing(sqlite3.connect(path, isolation_level=None)) as rival:
         rival.execute("BEGIN IMMEDIATE")
-        rival.execute("INSERT INTO projects VALUES ('proj_1', 'red', 5)")
+        rival.execute("INSERT INTO projects VALUES ('proj_1', 'red', 5, 0)")
         waiting = asyncio.create_task(store.ensure_project("red"))
         assert await store.list_keys() == []  # reads go on beside a write
         assert not waiting.done()
@@ -263,7 +263,7 @@ def test_a_database_that_is_no_file_is_refused(url: str) -> None:
         "UPDATE files SET bytes = -1",
         "UPDATE projects SET weight = 0",
         "DELETE FROM batches",
-        "INSERT INTO projects VALUES ('proj_9', 'red', 1)",
+        "INSERT INTO projects VALUES ('proj_9', 'red', 1, 0)",
     ],
 )
 async def test_the_tables_refuse_nonsense(store: SqlStore, path: Path, statement: str) -> None:
@@ -471,10 +471,35 @@ async def test_a_schema_of_a_newer_penstock_is_refused(store: SqlStore, path: Pa
     await store.close()
     with closing(sqlite3.connect(path)) as raw:
         raw.execute("UPDATE alembic_version SET version_num = '9999'")
+        raw.execute("UPDATE schema_floor SET version = '9998'")
         raw.commit()
 
-    with pytest.raises(InvalidSettings, match="9999"):
+    with pytest.raises(InvalidSettings, match=r"9999.* 9998"):
         await SqlStore(f"sqlite:///{path}").open()
+
+
+async def test_a_newer_schema_that_says_so_is_worked_with(store: SqlStore, path: Path) -> None:
+    batch = await start(store)
+    await store.close()
+    with closing(sqlite3.connect(path)) as raw:
+        raw.execute("UPDATE alembic_version SET version_num = '9999'")
+        raw.commit()
+
+    older = SqlStore(f"sqlite:///{path}")
+    await older.open()
+
+    assert await older.get_batch(BatchId("batch-1")) == batch
+    await older.close()
+
+
+async def test_migrations_set_the_floor_that_new_databases_have(tmp_path: Path) -> None:
+    engine = create_engine(f"sqlite:///{tmp_path}/other.db")
+    with engine.begin() as db:
+        migrations.migrate(db)
+        assert db.exec_driver_sql("SELECT version FROM schema_floor").scalars().all() == [
+            migrations.FLOOR
+        ]
+    engine.dispose()
 
 
 async def test_an_upgrade_that_fails_leaves_nothing(path: Path) -> None:

@@ -103,6 +103,8 @@ class Backlog:
     weight: int
     expires_at: int
     created_at: int
+    is_background: bool = False
+    """Whether its project takes only what others leave."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,10 +210,11 @@ class Store(Protocol):
     """Keeps projects, keys, files, batches and slices."""
 
     async def open(self) -> None:
-        """Bring the schema to this version and make ready. Safe from two processes at once.
+        """Make ready. Where one machine has the database to itself, bring its schema to this
+        version first; safe from two processes at once.
 
         Raises:
-            InvalidSettings: The schema is newer than this version of Penstock.
+            InvalidSettings: This version of Penstock cannot work with the schema.
         """
         ...
 
@@ -233,11 +236,15 @@ class Store(Protocol):
 
     # Projects and keys
 
-    async def ensure_project(self, name: str, *, weight: int | None = None) -> Project:
+    async def ensure_project(
+        self, name: str, *, weight: int | None = None, is_background: bool | None = None
+    ) -> Project:
         """Get the project called `name`, made if it is not there.
 
         Args:
             weight: Its share of the workers; None keeps the weight it has, or 1.
+            is_background: Whether it takes only what others leave; None keeps it as it is, or
+                does not.
         """
         ...
 

@@ -7,6 +7,7 @@ from sqlalchemy import Boolean, Connection, RowMapping, and_, bindparam, insert,
 
 from penstock.errors import Conflict
 from penstock.model import KEY_LIFE_S, RETRY_LIFE_S, Once, ProjectId
+from penstock.store.dialects import lock_name
 from penstock.store.tables import creations
 
 T = TypeVar("T")
@@ -32,6 +33,8 @@ def create_once(
     """
     if once is None:
         return add()[1]
+    # Of two requests at once, the second is to find what the first has made.
+    lock_name(db, "creation", project_id, once.key or "", "" if once.key else once.fingerprint)
     row = _find(db, project_id, once)
     if row is not None:
         if row["fingerprint"] != once.fingerprint:

@@ -1,7 +1,8 @@
 """The store in SQL: one method, one transaction, written once in SQLAlchemy Core.
 
-What a database does in its own way stands in `sqlite`. A read is one statement and therefore
-sees one moment; a write locks the rows that it decides about before it decides.
+What a database does in its own way stands in `dialects`, `sqlite` and `postgres`. A read is one
+statement and therefore sees one moment; a write locks the rows that it decides about before it
+decides.
 """
 
 import secrets
@@ -14,6 +15,7 @@ from sqlalchemy import (
     RowMapping,
     and_,
     bindparam,
+    cast,
     delete,
     exists,
     func,
@@ -23,7 +25,6 @@ from sqlalchemy import (
     union,
     update,
 )
-from sqlalchemy.dialects.sqlite import insert as upsert
 from sqlalchemy.sql import ColumnElement
 
 from penstock.errors import Conflict, NotFound
@@ -57,6 +58,7 @@ from penstock.store.base import (
     SliceTally,
 )
 from penstock.store.creations import create_once
+from penstock.store.dialects import is_one_of, json_entries, lock_name, lock_rows, upsert
 from penstock.store.rows import (
     FIGURES,
     FILE_FIELDS,
@@ -76,6 +78,7 @@ from penstock.store.rows import (
 from penstock.store.sql_segments import SegmentStore
 from penstock.store.sql_uploads import UploadStore
 from penstock.store.sql_webhooks import WebhookStore, add_deliveries
+from penstock.store.sql_workers import WorkerStore
 from penstock.store.tables import (
     api_keys,
     batches,
@@ -93,29 +96,44 @@ _UNFINISHED = [status for status in BatchStatus if status not in FINAL]
 _CLAIMABLE = [BatchStatus.IN_PROGRESS, BatchStatus.FINALIZING]
 
 
-class SqlStore(UploadStore, WebhookStore, SegmentStore):
+class SqlStore(UploadStore, WebhookStore, SegmentStore, WorkerStore):
     """A `Store` in an SQL database.
 
     Args:
-        url: Where it is, as SQLAlchemy writes it: `sqlite:////folder/penstock.db`.
+        url: Where it is: `postgresql://user:password@host:port/database`, with what libpq
+            takes behind a `?`, or `sqlite:////folder/penstock.db`.
         jobs: Who takes over the jobs that transactions bring forth; None drops them, as is
             right where only keys are managed.
 
     Raises:
-        InvalidSettings: `url` names no file of an SQLite database.
+        InvalidSettings: `url` names neither.
     """
 
     # Projects and keys
 
-    async def ensure_project(self, name: str, *, weight: int | None = None) -> Project:
-        new = {"id": f"proj_{secrets.token_hex(12)}", "name": name, "weight": weight or 1}
-        statement = upsert(projects).values(new)
-        statement = statement.on_conflict_do_update(
-            index_elements=["name"],
-            set_={"weight": projects.c.weight if weight is None else weight},
-        ).returning(*projects.c)
-        row = await self._write(lambda db: db.execute(statement).mappings().one())
-        return Project(**row)
+    async def ensure_project(
+        self, name: str, *, weight: int | None = None, is_background: bool | None = None
+    ) -> Project:
+        new = {
+            "id": f"proj_{secrets.token_hex(12)}",
+            "name": name,
+            "weight": weight or 1,
+            "is_background": bool(is_background),
+        }
+        kept = {
+            "weight": projects.c.weight if weight is None else weight,
+            "is_background": (
+                projects.c.is_background if is_background is None else is_background
+            ),
+        }
+
+        def work(db: Connection) -> Project:
+            statement = upsert(db, projects).values(new)
+            statement = statement.on_conflict_do_update(index_elements=["name"], set_=kept)
+            row = db.execute(statement.returning(*projects.c)).mappings().one()
+            return Project(**row)
+
+        return await self._write(work)
 
     async def add_key(self, key: ApiKey, *, digest: str) -> None:
         values = {
@@ -126,11 +144,16 @@ class SqlStore(UploadStore, WebhookStore, SegmentStore):
             "created_at": key.created_at,
             "revoked_at": key.revoked_at,
         }
-        statement = upsert(api_keys).values(values)
-        statement = statement.on_conflict_do_update(
-            index_elements=["digest"], set_={"revoked_at": None}
-        )
-        await self._write(lambda db: db.execute(statement))
+
+        def work(db: Connection) -> None:
+            statement = upsert(db, api_keys).values(values)
+            db.execute(
+                statement.on_conflict_do_update(
+                    index_elements=["digest"], set_={"revoked_at": None}
+                )
+            )
+
+        await self._write(work)
 
     async def find_key(self, digest: str) -> ApiKey | None:
         rows = await self._read(_FIND_KEY, {"digest": digest})
@@ -201,12 +224,14 @@ class SqlStore(UploadStore, WebhookStore, SegmentStore):
     ) -> File | None:
         def work(db: Connection) -> File | None:
             key = {"project_id": project_id, "id": file_id}
-            row = db.execute(_GET_FILE, key).mappings().one_or_none()
+            row = db.execute(_DELETE_FILE, key).mappings().one_or_none()
             if row is None:
                 raise _no_file(file_id)
+            file = to_file(row)
+            # Of two files with the same bytes, one is the last to be deleted.
+            lock_name(db, "blob", file.blob_key)
             db.execute(_KEEP_PLACE, {"of_file": file_id, "now": now})
             db.execute(delete(files).where(files.c.id == file_id))
-            file = to_file(row)
             is_used = db.execute(_USED_BLOBS, {"keys": [file.blob_key]}).first()
             return None if is_used else file
 
@@ -233,7 +258,7 @@ class SqlStore(UploadStore, WebhookStore, SegmentStore):
         def work(db: Connection) -> Batch:
             def add() -> tuple[str, Batch]:
                 key = {"project_id": batch.project_id, "id": batch.input_file_id}
-                if needs_file and db.execute(_GET_FILE, key).first() is None:
+                if needs_file and db.execute(_KEEP_FILE, key).first() is None:
                     raise _no_file(batch.input_file_id)
                 db.execute(insert(batches), batch_values(batch))
                 jobs.append(Job(kind=JobKind.VALIDATE, id=batch.id))
@@ -307,9 +332,12 @@ class SqlStore(UploadStore, WebhookStore, SegmentStore):
         rows = await self._read(_LIST_BACKLOG, {"now": now})
         return [Backlog(**row) for row in rows]
 
-    async def list_pending(self, batch_id: BatchId, *, limit: int) -> list[Slice]:
-        rows = await self._read(_LIST_PENDING, {"batch_id": batch_id, "limit": limit})
-        return [to_slice(row) for row in rows]
+    async def list_pending(
+        self, batch_id: BatchId, *, limit: int, share: tuple[int, int] = (0, 1)
+    ) -> list[Slice]:
+        part, parts = share
+        values = {"batch_id": batch_id, "part": part, "parts": parts, "limit": limit}
+        return [to_slice(row) for row in await self._read(_LIST_PENDING, values)]
 
     async def get_slices(
         self, batch_id: BatchId, *, after: int = -1, limit: int = 1000
@@ -327,6 +355,7 @@ class SqlStore(UploadStore, WebhookStore, SegmentStore):
         def work(db: Connection) -> list[ClaimedSlice]:
             claimed: dict[SliceId, ClaimedSlice] = {}
             for some in portions(ids):
+                lock_rows(db, _KEEP_BATCHES_OF, {"ids": some})
                 due = db.execute(_DUE_SLICES, {"ids": some, "now": now}).mappings().all()
                 claims = [to_claimed_slice(row) for row in due]
                 claimed.update((claim.slice.id, claim) for claim in claims)
@@ -344,7 +373,8 @@ class SqlStore(UploadStore, WebhookStore, SegmentStore):
 
         def work(db: Connection) -> set[SliceId]:
             held: dict[SliceId, RowMapping] = {}
-            for some in portions([report.id for report in reports]):
+            # Two that lock the same ones do it in one order.
+            for some in portions(sorted(report.id for report in reports)):
                 rows = db.execute(_HELD_SLICES, {"ids": some}).mappings()
                 held.update((row["id"], row) for row in rows)
             lost: set[SliceId] = set()
@@ -361,10 +391,7 @@ class SqlStore(UploadStore, WebhookStore, SegmentStore):
                     stopped.add(row["batch_id"])
             if changes:
                 db.execute(_REPORT_SLICE, changes)
-            if stopped:
-                left = db.execute(_LEFT_OVER, {"ids": list(stopped)}).mappings()
-                ends = [row["id"] for row in left if _may_end(row, now)]
-                jobs.extend(Job(kind=JobKind.FINALIZE, id=id) for id in ends)
+            jobs.extend(_finalizers(db, stopped, now))
             return lost
 
         return await self._write(work, jobs=jobs, durable=False)
@@ -375,6 +402,18 @@ class SqlStore(UploadStore, WebhookStore, SegmentStore):
                 db.execute(_REOPEN_SLICES, {"ids": some})
 
         await self._write(work, durable=False)
+
+    async def release_slices(self, *, now: float) -> int:
+        jobs: list[Job] = []
+
+        def work(db: Connection) -> int:
+            late = db.execute(_LATE_SLICES, {"now": now}).mappings().all()
+            for some in portions([row["id"] for row in late]):
+                db.execute(_RELEASE_SLICES, {"ids": some})
+            jobs.extend(_finalizers(db, {row["batch_id"] for row in late}, now))
+            return len(late)
+
+        return await self._write(work, jobs=jobs, durable=False)
 
     async def recover_slices(self) -> int:
         def work(db: Connection) -> int:
@@ -409,6 +448,11 @@ _GET_FILE = _FILES.where(
     files.c.id == bindparam("id"), files.c.project_id == bindparam("project_id")
 )
 
+_KEEP_FILE = _GET_FILE.with_for_update(read=True, key_share=True)
+"""Nobody deletes it before this transaction ends."""
+
+_DELETE_FILE = _GET_FILE.with_for_update()
+
 _KEEP_PLACE = insert(deleted_files).from_select(
     ["id", "seq", "project_id", "deleted_at"],
     select(
@@ -417,12 +461,10 @@ _KEEP_PLACE = insert(deleted_files).from_select(
 )
 
 _USED_BLOBS = union(
-    select(files.c.blob_key).where(files.c.blob_key.in_(bindparam("keys", expanding=True))),
-    select(upload_parts.c.blob_key).where(
-        upload_parts.c.blob_key.in_(bindparam("keys", expanding=True))
-    ),
+    select(files.c.blob_key).where(is_one_of(files.c.blob_key, "keys")),
+    select(upload_parts.c.blob_key).where(is_one_of(upload_parts.c.blob_key, "keys")),
     select(batches.c.input_blob_key).where(
-        batches.c.input_blob_key.in_(bindparam("keys", expanding=True)),
+        is_one_of(batches.c.input_blob_key, "keys"),
         batches.c.status.in_(_UNFINISHED),
     ),
 )
@@ -434,14 +476,16 @@ _EXPIRED_FILES = (
 )
 
 
+def _sum(column: ColumnElement[int]) -> ColumnElement[int]:
+    # PostgreSQL makes a decimal number of a sum.
+    return cast(func.coalesce(func.sum(column), 0), BigInteger)
+
+
 _BATCHES = (
     select(
         batches,
-        func.coalesce(func.sum(slices.c.requests), 0).label("slices_total"),
-        *(
-            func.coalesce(func.sum(slices.c[name]), 0).label(f"slices_{name}")
-            for name in FIGURES
-        ),
+        _sum(slices.c.requests).label("slices_total"),
+        *(_sum(slices.c[name]).label(f"slices_{name}") for name in FIGURES),
     )
     .outerjoin(
         slices, and_(slices.c.batch_id == batches.c.id, batches.c.status.in_(_UNFINISHED))
@@ -472,6 +516,7 @@ _LIST_BACKLOG = (
         batches.c.id.label("batch_id"),
         batches.c.project_id,
         projects.c.weight,
+        projects.c.is_background,
         batches.c.expires_at,
         batches.c.created_at,
     )
@@ -488,7 +533,11 @@ _SLICE_COLUMNS = [slices.c[name] for name in (*SLICE_FIELDS, *TOKENS)]
 
 _LIST_PENDING = (
     select(*_SLICE_COLUMNS)
-    .where(slices.c.batch_id == bindparam("batch_id"), slices.c.status == SliceStatus.PENDING)
+    .where(
+        slices.c.batch_id == bindparam("batch_id"),
+        slices.c.status == SliceStatus.PENDING,
+        slices.c.index % bindparam("parts") == bindparam("part"),
+    )
     .order_by(slices.c.index)
     .limit(bindparam("limit"))
 )
@@ -506,7 +555,19 @@ _TALLY_SLICES = (
     .group_by(slices.c.status)
 )
 
-_IS_ONE_OF_THEM = slices.c.id.in_(bindparam("ids", expanding=True))
+_IS_ONE_OF_THEM = is_one_of(slices.c.id, "ids")
+
+_KEEP_BATCHES_OF = (
+    select(batches.c.id)
+    .where(
+        batches.c.id.in_(select(slices.c.batch_id).where(_IS_ONE_OF_THEM)),
+        batches.c.status.in_(_CLAIMABLE),
+    )
+    .order_by(batches.c.seq)
+    .with_for_update(read=True, key_share=True)
+)
+"""Nobody moves them before this transaction ends: no slice of one that is being cancelled is
+claimed behind its finalizer's back."""
 
 _DUE_SLICES = (
     select(
@@ -546,11 +607,19 @@ _HELD_SLICES = (
         *(slices.c[name] for name in ("id", "batch_id", "attempt", "worker_id", *FIGURES)),
     )
     .where(_IS_ONE_OF_THEM, slices.c.status == SliceStatus.RUNNING)
+    .order_by(slices.c.id)
     .with_for_update()
 )
 
 _REPORT_SLICE = update(slices).where(
     slices.c.id == bindparam("of_slice"), slices.c.attempt == bindparam("by_attempt")
+)
+
+_LOCK_STOPPED = (
+    select(batches.c.id)
+    .where(is_one_of(batches.c.id, "ids"))
+    .order_by(batches.c.seq)
+    .with_for_update(key_share=True)
 )
 
 _LEFT_OVER = select(
@@ -559,7 +628,7 @@ _LEFT_OVER = select(
     batches.c.expires_at,
     _has_slices(SliceStatus.PENDING).label("has_pending"),
     _has_slices(SliceStatus.RUNNING).label("has_running"),
-).where(batches.c.id.in_(bindparam("ids", expanding=True)))
+).where(is_one_of(batches.c.id, "ids"))
 
 _REOPEN_SLICES = (
     update(slices)
@@ -567,11 +636,19 @@ _REOPEN_SLICES = (
     .values(status=SliceStatus.PENDING)
 )
 
+_GIVEN_BACK = {"status": SliceStatus.PENDING, "worker_id": None, "lease_expires_at": None}
+
 _RECOVER_SLICES = (
-    update(slices)
-    .where(slices.c.status == SliceStatus.RUNNING)
-    .values(status=SliceStatus.PENDING, worker_id=None, lease_expires_at=None)
+    update(slices).where(slices.c.status == SliceStatus.RUNNING).values(_GIVEN_BACK)
 )
+
+_LATE_SLICES = (
+    select(slices.c.id, slices.c.batch_id)
+    .where(slices.c.lease_expires_at <= bindparam("now"))
+    .with_for_update(skip_locked=True)
+)
+
+_RELEASE_SLICES = update(slices).where(_IS_ONE_OF_THEM).values(_GIVEN_BACK)
 
 _FORGET_ALL_FINAL = delete(slices).where(
     exists().where(batches.c.id == slices.c.batch_id, batches.c.status.in_(FINAL))
@@ -584,6 +661,17 @@ _FORGET_SLICES = delete(slices).where(
 
 
 # Rules
+
+
+def _finalizers(db: Connection, stopped: Collection[BatchId], now: float) -> list[Job]:
+    """The jobs that follow from slices of these batches having stopped."""
+    if not stopped:
+        return []
+    # One after the other: of two that stop the last two slices at once, each would still see
+    # the other's running.
+    lock_rows(db, _LOCK_STOPPED, {"ids": list(stopped)})
+    left = db.execute(_LEFT_OVER, {"ids": list(stopped)}).mappings()
+    return [Job(kind=JobKind.FINALIZE, id=row["id"]) for row in left if _may_end(row, now)]
 
 
 def _may_end(batch: RowMapping, now: float) -> bool:
@@ -625,7 +713,7 @@ def _reported(row: RowMapping, report: SliceReport, lease_expires_at: float) -> 
 
 def _has_metadata(key: str, value: str) -> ColumnElement[bool]:
     # A JSON path cannot name every key: SQLite knows no way to write a quote in one.
-    entry = func.json_each(batches.c.metadata).table_valued("key", "value")
+    entry = json_entries(batches.c.metadata).table_valued("key", "value")
     return exists().select_from(entry).where(entry.c.key == key, entry.c.value == value)
 
 

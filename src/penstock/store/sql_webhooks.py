@@ -4,7 +4,6 @@ import secrets
 from collections.abc import Sequence
 
 from sqlalchemy import Connection, bindparam, delete, insert, select, update
-from sqlalchemy.dialects.sqlite import insert as upsert
 
 from penstock.errors import NotFound
 from penstock.events import batch_event
@@ -18,6 +17,7 @@ from penstock.model import (
     Webhook,
 )
 from penstock.store.base import DeliveryReport, Page
+from penstock.store.dialects import lock_name, upsert
 from penstock.store.rows import DELIVERY_FIELDS, to_delivery
 from penstock.store.tables import (
     batches,
@@ -35,9 +35,10 @@ class WebhookStore(SqlTransactions):
 
     async def set_webhooks(self, in_force: Sequence[Webhook]) -> None:
         def work(db: Connection) -> None:
+            lock_name(db, "webhooks")  # or two hosts would put in force what each has
             db.execute(update(webhooks).values(is_in_force=False))
             for each in in_force:
-                statement = upsert(webhooks).values(
+                statement = upsert(db, webhooks).values(
                     id=each.id, project_id=each.project_id, url=each.url, is_in_force=True
                 )
                 db.execute(

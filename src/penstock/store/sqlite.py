@@ -16,7 +16,7 @@ again. A sync covers all that was committed before it.
 import asyncio
 import sqlite3
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -26,12 +26,14 @@ from sqlalchemy import URL, Connection, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
 from penstock.errors import StorageUnavailable
+from penstock.store import migrations
 
 T = TypeVar("T")
 
 _BUSY_S = 10
 """How long to wait for another process that writes."""
 _READERS = 4
+_TOUCH = "UPDATE alembic_version SET version_num = version_num"
 
 
 class SqliteDatabase:
@@ -58,16 +60,25 @@ class SqliteDatabase:
         self._writer: Connection | None = None
         self._is_closed = False
 
-    async def write(self, work: Callable[[Connection], T], *, durable: bool) -> T:
+    async def write(
+        self,
+        work: Callable[[Connection], T],
+        *,
+        durable: bool,
+        finish: Callable[[object | None], Awaitable[None]],
+    ) -> T:
         """Run `work` as one transaction, alone; if it raises, nothing was changed.
 
         Args:
             durable: Whether it must survive a loss of power once this returns.
+            finish: Called with None after the commit: nobody else has a part in it.
 
         Raises:
             StorageUnavailable: The database cannot be opened or written for now.
         """
-        return await self._run(self._writers, lambda: self._write(work, durable))
+        result = await self._run(self._writers, lambda: self._write(work, durable))
+        await finish(None)
+        return result
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         """Run `work`, of which each statement sees the database at one moment.
@@ -76,6 +87,27 @@ class SqliteDatabase:
             StorageUnavailable: The database cannot be opened or read for now.
         """
         return await self._run(self._readers, lambda: self._read(work))
+
+    async def read_clock(self) -> float:
+        return time.time()
+
+    async def ping(self) -> None:
+        """Make sure that the database takes writes."""
+        await self._run(
+            self._writers, lambda: self._write(lambda db: db.exec_driver_sql(_TOUCH), False)
+        )
+
+    async def prepare(self) -> None:
+        """Bring the schema to this version: only processes on this machine work with it.
+
+        Raises:
+            InvalidSettings: It is newer, and this version cannot work with it.
+        """
+        await self._run(self._writers, lambda: self._write(migrations.upgrade, True))
+
+    async def migrate(self) -> None:
+        """As `prepare`."""
+        await self.prepare()
 
     async def close(self) -> None:
         """Let go of the file, after what is being written. A second call does nothing."""

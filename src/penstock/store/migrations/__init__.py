@@ -1,17 +1,27 @@
 """Bring a database's schema to the one that this version of Penstock works with.
 
-Migrations only go forward, and each runs inside the caller's transaction: a database is at
-one version or the next, never between. Alembic is imported only when there is something to
-migrate, for it costs more memory and time than the rest of a start: an empty database gets its
-tables as they stand now, which a test holds to what the migrations build.
+Migrations only go forward. On SQLite all of them run inside the caller's transaction: a
+database is at one version or the next, never between. On PostgreSQL each has a transaction of
+its own, and runs while processes of the version before are at work. Therefore a migration
+
+- begins with what cannot stand in a transaction, by `steps.create_index`, which may be done
+  twice: the rest of the migration may have failed;
+- holds a lock on a table that exists for moments only: a new column has a constant default or
+  may be null, a constraint is added NOT VALID and validated afterwards;
+- leaves alone what the version before reads and writes. Where that cannot be, it raises the
+  floor: the oldest version of the schema whose code can work with the new one.
+
+Alembic is imported only when there is something to migrate, for it costs more memory and time
+than the rest of a start: an empty database gets its tables as they stand now, which a test
+holds to what the migrations build.
 """
 
 from pathlib import Path
 
-from sqlalchemy import Connection, inspect, text
+from sqlalchemy import Connection, insert, inspect, select, text
 
 from penstock.errors import InvalidSettings
-from penstock.store.tables import metadata
+from penstock.store.tables import metadata, schema_floor
 
 _VERSION_TABLE = """
 CREATE TABLE alembic_version (
@@ -20,6 +30,8 @@ CREATE TABLE alembic_version (
 """
 HEAD = "0003"
 """The newest version, the number of the last file in `versions`."""
+FLOOR = "0003"
+"""The oldest version whose code can work with `HEAD`."""
 
 
 def find_version(db: Connection) -> str | None:
@@ -29,6 +41,23 @@ def find_version(db: Connection) -> str | None:
     return db.execute(text("SELECT version_num FROM alembic_version")).scalar_one()
 
 
+def check(db: Connection) -> None:
+    """Make sure that this version of Penstock can work with the schema as it is.
+
+    Raises:
+        InvalidSettings: It is older, and to be migrated first; or it is too new.
+    """
+    version = find_version(db)
+    if version is None:
+        raise InvalidSettings("The database is empty: run `penstock migrate` once.")
+    if version < HEAD:
+        raise InvalidSettings(
+            f"The database is at schema version {version}, but this version of Penstock works "
+            f"with {HEAD}: run `penstock migrate`, then start again."
+        )
+    _check_floor(db, version)
+
+
 def upgrade(db: Connection) -> None:
     """Bring the schema to `HEAD`, within the transaction that is open on `db`.
 
@@ -36,19 +65,29 @@ def upgrade(db: Connection) -> None:
     the other finds it done.
 
     Raises:
-        InvalidSettings: The schema is newer than this version of Penstock.
+        InvalidSettings: The schema is too new for this version of Penstock.
     """
     version = find_version(db)
     if version is None:
-        metadata.create_all(db)
-        db.execute(text(_VERSION_TABLE))
-        db.execute(text("INSERT INTO alembic_version VALUES (:head)"), {"head": HEAD})
-    elif version > HEAD:
-        raise InvalidSettings(
-            f"The database is at schema version {version}, but this version of Penstock knows "
-            f"none after {HEAD}: use the newer Penstock that has written it."
-        )
+        _create(db)
     elif version < HEAD:
+        migrate(db)
+    else:
+        _check_floor(db, version)
+
+
+def upgrade_beside(db: Connection) -> None:
+    """As `upgrade`, in several transactions, on a database that others work with meanwhile.
+
+    It may be called again after it failed. The caller sees to it that nobody else does.
+    """
+    with db.begin():
+        version = find_version(db)
+        if version is None:
+            _create(db)
+        elif version >= HEAD:
+            _check_floor(db, version)
+    if version is not None and version < HEAD:
         migrate(db)
 
 
@@ -61,3 +100,20 @@ def migrate(db: Connection) -> None:
     config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
     config.attributes["connection"] = db
     command.upgrade(config, "head")
+
+
+def _create(db: Connection) -> None:
+    metadata.create_all(db)
+    db.execute(insert(schema_floor).values(version=FLOOR))
+    db.execute(text(_VERSION_TABLE))
+    db.execute(text("INSERT INTO alembic_version VALUES (:head)"), {"head": HEAD})
+
+
+def _check_floor(db: Connection, version: str) -> None:
+    floor = db.execute(select(schema_floor.c.version)).scalar_one()
+    if floor > HEAD:
+        raise InvalidSettings(
+            f"The database is at schema version {version}, with which versions of Penstock can "
+            f"work that know {floor}, but this one knows none after {HEAD}: use the newer "
+            "Penstock that has written it."
+        )

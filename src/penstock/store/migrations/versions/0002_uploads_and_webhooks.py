@@ -103,7 +103,7 @@ def _create_deliveries() -> None:
         sa.Column("event", sa.Text, nullable=False),
         sa.Column("payload", sa.Text, nullable=False),
         sa.Column("status", sa.Text, nullable=False),
-        sa.Column("attempts", sa.Integer, nullable=False),
+        sa.Column("attempts", sa.BigInteger, nullable=False),
         sa.Column("created_at", sa.BigInteger, nullable=False),
         sa.Column("queued_at", sa.BigInteger, nullable=False),
         sa.Column("next_attempt_at", sa.Double),

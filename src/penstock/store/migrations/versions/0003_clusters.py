@@ -3,22 +3,25 @@
 import sqlalchemy as sa
 from alembic import op
 
+from penstock.store.migrations.steps import create_index
+
 revision = "0003"
 down_revision = "0002"
 
 
 def upgrade() -> None:
+    create_index("ix_slices_lease", "slices", ["lease_expires_at"])
+    _create_floor()
     op.add_column(
         "projects",
         sa.Column("is_background", sa.Boolean, nullable=False, server_default=sa.false()),
     )
-    op.create_index("ix_slices_lease", "slices", ["lease_expires_at"])
     op.create_table(
         "segment_objects",
         sa.Column("batch_id", sa.Text, sa.ForeignKey("batches.id"), primary_key=True),
-        sa.Column("index", sa.Integer, primary_key=True, autoincrement=False),
-        sa.Column("attempt", sa.Integer, primary_key=True, autoincrement=False),
-        sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+        sa.Column("index", sa.BigInteger, primary_key=True, autoincrement=False),
+        sa.Column("attempt", sa.BigInteger, primary_key=True, autoincrement=False),
+        sa.Column("number", sa.BigInteger, primary_key=True, autoincrement=False),
         sa.Column("key", sa.Text, nullable=False),
         sa.Column("bytes", sa.BigInteger, nullable=False),
         sa.CheckConstraint("bytes >= 0", name="bytes"),
@@ -41,10 +44,15 @@ def upgrade() -> None:
         "budget_leases",
         sa.Column("upstream", sa.Text, sa.ForeignKey("budgets.upstream"), primary_key=True),
         sa.Column("worker_id", sa.Text, primary_key=True),
-        sa.Column("demand", sa.Integer, nullable=False),
-        sa.Column("concurrency", sa.Integer, nullable=False),
+        sa.Column("demand", sa.BigInteger, nullable=False),
+        sa.Column("concurrency", sa.BigInteger, nullable=False),
         sa.Column("requests_per_minute", sa.Double, nullable=False),
         sa.Column("tokens_per_minute", sa.Double, nullable=False),
         sa.Column("expires_at", sa.Double, nullable=False),
         sa.CheckConstraint("demand >= 0 AND concurrency >= 0", name="counts"),
     )
+
+
+def _create_floor() -> None:
+    floor = op.create_table("schema_floor", sa.Column("version", sa.Text, primary_key=True))
+    op.bulk_insert(floor, [{"version": "0003"}])
