@@ -29,6 +29,7 @@ from penstock.testing.store import (
     new_file,
     start,
 )
+from penstock.testing.store_budgets import BudgetContract
 from penstock.testing.store_creations import CreationContract
 from penstock.testing.store_uploads import UploadContract
 from penstock.testing.store_webhooks import WebhookContract
@@ -63,7 +64,9 @@ async def other(path: Path, store: SqlStore) -> AsyncIterator[SqlStore]:
     await other.close()
 
 
-class TestSqlStore(StoreContract, CreationContract, UploadContract, WebhookContract):
+class TestSqlStore(
+    StoreContract, BudgetContract, CreationContract, UploadContract, WebhookContract
+):
     @pytest.fixture
     async def store(self, path: Path, jobs: RecordedJobs) -> AsyncIterator[SqlStore]:
         store = SqlStore(f"sqlite:///{path}", jobs=jobs)
