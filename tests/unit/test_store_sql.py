@@ -29,6 +29,7 @@ from penstock.testing.store import (
     new_file,
     start,
 )
+from penstock.testing.store_budgets import BudgetContract
 from penstock.testing.store_creations import CreationContract
 from penstock.testing.store_segments import SegmentContract
 from penstock.testing.store_uploads import UploadContract
@@ -65,7 +66,12 @@ async def other(path: Path, store: SqlStore) -> AsyncIterator[SqlStore]:
 
 
 class TestSqlStore(
-    StoreContract, CreationContract, UploadContract, WebhookContract, SegmentContract
+    StoreContract,
+    BudgetContract,
+    CreationContract,
+    UploadContract,
+    WebhookContract,
+    SegmentContract,
 ):
     @pytest.fixture
     async def store(self, path: Path, jobs: RecordedJobs) -> AsyncIterator[SqlStore]:

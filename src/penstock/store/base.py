@@ -161,7 +161,7 @@ class BudgetRequest:
     demand: int
     """How many requests it could have in flight now, had it the upstream to itself."""
     in_flight: int
-    """How many it has."""
+    """How many it has. It must not have more before it knows its part."""
     refused_at: float | None = None
     """When the upstream last refused it for too much work; None if that is told already."""
     held_until: float | None = None
@@ -174,9 +174,12 @@ class Budget:
 
     upstream: str
     concurrency: int
+    """Up to how many requests in flight it may send another. What it has beyond that may end,
+    and is kept from the others until a renewal says that it has."""
     requests_per_minute: float
     """0 with no limit; else above 0 as long as `concurrency` is."""
     tokens_per_minute: float
+    """As `requests_per_minute`."""
     refused_at: float | None
     """When the upstream last refused any worker."""
     held_until: float | None
@@ -637,8 +640,9 @@ class Store(Protocol):
         """Renew a worker's part of each upstream, by what it and the others can use.
 
         At no time do the parts of an upstream whose leases have not ended add up to more than
-        it may have: who asks for more than is free waits until others have renewed theirs. A
-        worker keeps at least a part as large as what it has in flight.
+        it may have: who asks for more than is free waits until others have renewed theirs.
+        What a worker has in flight is kept for it, as far as it holds it already. How much is
+        fair is decided by `shares`.
 
         Returns:
             In the order of `requests`. A part may be 0.

@@ -75,6 +75,7 @@ from penstock.store.rows import (
     to_slice,
     usage_values,
 )
+from penstock.store.sql_budgets import BudgetStore
 from penstock.store.sql_segments import SegmentStore
 from penstock.store.sql_uploads import UploadStore
 from penstock.store.sql_webhooks import WebhookStore, add_deliveries
@@ -96,7 +97,7 @@ _UNFINISHED = [status for status in BatchStatus if status not in FINAL]
 _CLAIMABLE = [BatchStatus.IN_PROGRESS, BatchStatus.FINALIZING]
 
 
-class SqlStore(UploadStore, WebhookStore, SegmentStore, WorkerStore):
+class SqlStore(UploadStore, WebhookStore, SegmentStore, WorkerStore, BudgetStore):
     """A `Store` in an SQL database.
 
     Args:
