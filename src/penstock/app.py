@@ -1,45 +1,46 @@
 """The composition root: the only place that names implementations.
 
-`open_app` puts the parts together over a data directory and runs the work; `serve` puts the
-API before it.
+`open_app` puts the parts together and runs the work; `serving` puts the API before it.
 
     settings ─► store, blobs, segments ─► service ─► api
                      └─► engine ─► feeder, worker, lifecycle, upkeep
+
+Alone, a process has a data directory to itself. In a cluster, processes share a database, and
+each serves the API, works, or does both.
 """
 
 import asyncio
 import contextlib
 import fcntl
-import gc
 import hashlib
-import math
 import os
 import resource
 import secrets
-import signal
-import socket
 import time
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
-import uvicorn
 
-from penstock import __version__
-from penstock.api.routes import create_api
+from penstock import __version__, clock
 from penstock.blobs.folder import FolderBlobs
 from penstock.blobs.local_segments import LocalSegments
+from penstock.blobs.objects import ObjectBlobs
+from penstock.blobs.segments import Segments
+from penstock.blobs.storage import open_blobs
 from penstock.engine.memory import MemoryEngine
-from penstock.errors import DataDirInUse, InvalidSettings
+from penstock.engine.postgres import PostgresEngine
+from penstock.errors import DataDirInUse, InvalidSettings, StorageUnavailable
 from penstock.executor.admission import AdmissionPolicy
 from penstock.executor.circuit import CircuitPolicy
 from penstock.executor.feeder import Feeder
 from penstock.executor.lifecycle import Lifecycle, LifecycleOptions
 from penstock.executor.limits import ConcurrencyPolicy
+from penstock.executor.members import Members
 from penstock.executor.partial import PartialResults
 from penstock.executor.retry import RetryPolicy
-from penstock.executor.upkeep import keep_up, recover, watch_deliveries
+from penstock.executor.upkeep import find_lost_work, keep_up, recover, watch_deliveries
 from penstock.executor.webhooks import Deliverer, DeliveryPolicy
 from penstock.executor.worker import Worker, WorkerOptions
 from penstock.keys import key_digest, key_hint, new_key
@@ -61,9 +62,8 @@ _DELIVERIES = DeliveryPolicy()
 _CIRCUITS = CircuitPolicy()
 _FILE_LIFE_S = 30 * 86400
 """How long input and result files are kept, as OpenAI keeps them."""
-_GARBAGE = 20_000
-"""After how many new objects the collector looks for cycles; lines leave none behind."""
-_M_ARENA_MAX = -8  # of glibc's malloc.h
+_CLOCK_S = 10.0
+"""How often the database is asked for its time."""
 _DRAIN_S = 5.0
 """How long the end of a process may take beyond the grace time of its settings."""
 
@@ -82,110 +82,211 @@ class App:
     """The key that this start made; None if there was one."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Ground:
+    """What API and work stand on."""
+
+    engine: MemoryEngine | PostgresEngine
+    store: SqlStore
+    blobs: FolderBlobs | ObjectBlobs
+    segments: Segments
+    routes: Routes
+    health: Health
+    metrics: Metrics
+
+
 @contextlib.asynccontextmanager
 async def open_app(
     settings: Settings,
     *,
+    serves: bool = True,
+    works: bool = True,
     deliveries: DeliveryPolicy = _DELIVERIES,
     circuits: CircuitPolicy = _CIRCUITS,
 ) -> AsyncGenerator[App]:
-    """Take up the work of a data directory, and leave it in good order at the end.
+    """Take up the work of a data directory or a cluster, and leave it in good order at the end.
 
     Args:
+        serves: Whether the API will be before it.
+        works: Whether it runs lines and all else that batches need; others of its cluster do
+            if not.
         deliveries: How patient to be with webhooks.
         circuits: When to leave an upstream alone that fails.
 
     Raises:
-        DataDirInUse: Another process works in it.
-        InvalidSettings: The directory cannot be used.
+        DataDirInUse: Another process works in the directory.
+        InvalidSettings: The directory, the database or the storage cannot be used.
     """
-    data_dir = settings.data_dir
-    with _owned(data_dir):
-        health = Health()
-        metrics = Metrics(health)
-        engine = MemoryEngine()
-        store = SqlStore(store_url(data_dir), jobs=engine)
-        blobs = FolderBlobs(data_dir / "blobs")
-        segments = LocalSegments(data_dir / "segments")
-        routes = _make_routes(settings)
-        feeder = Feeder(store=store, engine=engine)
-        worker = Worker(
-            store=store,
-            blobs=blobs,
-            segments=segments,
-            routes=routes,
-            policies={
-                upstream.name: _admission_policy(upstream, circuits)
-                for upstream in settings.upstreams
-            },
-            health=health,
-            metrics=metrics,
-            options=_worker_options(settings, circuits),
-            wants_more=feeder.has_room,
-            took=feeder.hold,
+    if not works and settings.database_url is None:
+        raise InvalidSettings(
+            "An API without workers needs a database that it shares with them: set "
+            "database_url to a PostgreSQL URL."
         )
-        feeder.serve(worker)
-        lifecycle = Lifecycle(
-            store=store,
-            blobs=blobs,
-            segments=segments,
-            engine=engine,
-            accepts_model=lambda model: routes.find(model) is not None,
-            options=_lifecycle_options(settings),
-            feed=feeder.poke,
-            stats=metrics.work,
-        )
-        engine.handle(JobKind.VALIDATE, lifecycle.validate)
-        engine.handle(JobKind.SLICE, worker.run_slice)
-        engine.handle(JobKind.FINALIZE, lifecycle.settle)
-        engine.handle(JobKind.EXPIRE, lifecycle.settle)
-        service = Service(
-            store=store,
-            blobs=blobs,
-            partial=PartialResults(store=store, segments=segments),
-            upstreams=routes,
-            limits=_service_limits(settings),
-        )
-        uploads = Uploads(store=store, blobs=blobs, limits=_service_limits(settings))
-        sender = HttpWebhookSender()
-        await store.open()
-        try:
-            project_id = await _ensure_projects(settings, store)
-            deliverer = Deliverer(
+    async with contextlib.AsyncExitStack() as stack:
+        if settings.database_url is None:
+            stack.enter_context(_owned(settings.data_dir))
+        ground = await _open_ground(settings, stack)
+        store = ground.store
+        project_id = await _ensure_projects(settings, store)
+        targets = await _ensure_webhooks(settings, store)
+        first_key = await _ensure_key(settings, store, project_id) if serves else None
+        if works:
+            work = _work(settings, ground, targets, deliveries, circuits)
+            await stack.enter_async_context(work)
+        limits = _service_limits(settings)
+        yield App(
+            service=Service(
                 store=store,
-                engine=engine,
-                sender=sender,
-                targets=await _ensure_webhooks(settings, store),
-                policy=deliveries,
-                stop_grace_s=settings.server.shutdown_grace_s,
-            )
-            engine.handle(JobKind.WEBHOOK, deliverer.deliver)
-            first_key = await _ensure_key(settings, store, project_id)
+                blobs=ground.blobs,
+                partial=PartialResults(store=store, segments=ground.segments),
+                upstreams=ground.routes,
+                limits=limits,
+                clock=clock.now,
+            ),
+            uploads=Uploads(store=store, blobs=ground.blobs, limits=limits, clock=clock.now),
+            health=ground.health,
+            metrics=ground.metrics,
+            project_id=project_id,
+            first_key=first_key,
+        )
+
+
+async def _open_ground(settings: Settings, stack: contextlib.AsyncExitStack) -> _Ground:
+    """Open what is kept, and see to it that `stack` closes it."""
+    health = Health()
+    data_dir, url = settings.data_dir, settings.database_url
+    if url is None:
+        engine = MemoryEngine()
+    else:
+        engine = PostgresEngine(url, heartbeat_timeout_s=settings.worker.lease_s)
+        stack.push_async_callback(engine.close)
+    store = SqlStore(url or store_url(data_dir), jobs=engine)
+    stack.push_async_callback(store.close)
+    await store.open()
+    if url is not None:
+        await _set_clock(store)
+        following = asyncio.create_task(_follow_clock(store))
+        stack.callback(clock.follow_machine)
+        stack.callback(following.cancel)
+    blobs = open_storage(settings)
+    if settings.storage_url is None:
+        segments: Segments = LocalSegments(data_dir / "segments")
+    else:
+        raise InvalidSettings("wip")
+    routes = _make_routes(settings)
+    stack.push_async_callback(routes.close)
+    return _Ground(engine, store, blobs, segments, routes, health, Metrics(health))
+
+
+def open_storage(settings: Settings) -> FolderBlobs | ObjectBlobs:
+    """Where files are kept."""
+    return open_blobs(settings.storage_url or str(settings.data_dir / "blobs"), {})
+
+
+async def _set_clock(store: SqlStore) -> None:
+    """Follow the database's clock from now on."""
+    asked_at = time.monotonic()
+    said = await store.read_clock()
+    clock.follow(said, asked_at=asked_at, heard_at=time.monotonic())
+
+
+async def _follow_clock(store: SqlStore) -> None:
+    while True:
+        await asyncio.sleep(_CLOCK_S)
+        with contextlib.suppress(StorageUnavailable):  # the last answer counts on
+            await _set_clock(store)
+
+
+@contextlib.asynccontextmanager
+async def _work(
+    settings: Settings,
+    ground: _Ground,
+    targets: dict[WebhookId, WebhookTarget],
+    deliveries: DeliveryPolicy,
+    circuits: CircuitPolicy,
+) -> AsyncGenerator[None]:
+    """Run what batches need, until the context ends."""
+    store, blobs, segments = ground.store, ground.blobs, ground.segments
+    engine, routes, metrics = ground.engine, ground.routes, ground.metrics
+    options = _worker_options(settings, circuits, segments)
+    members = Members(store=store, worker_id=options.worker_id, version=__version__)
+    is_alone = settings.database_url is None
+    feeder = Feeder(store=store, engine=engine)
+    worker = Worker(
+        store=store,
+        blobs=blobs,
+        segments=segments,
+        routes=routes,
+        policies={
+            upstream.name: _admission_policy(upstream, circuits)
+            for upstream in settings.upstreams
+        },
+        health=ground.health,
+        metrics=metrics,
+        options=options,
+        wants_more=feeder.has_room,
+        took=feeder.hold,
+    )
+    feeder.serve(worker)
+    lifecycle = Lifecycle(
+        store=store,
+        blobs=blobs,
+        segments=segments,
+        engine=engine,
+        accepts_model=lambda model: routes.find(model) is not None,
+        options=_lifecycle_options(settings),
+        feed=feeder.poke,
+        stats=metrics.work,
+    )
+    sender = HttpWebhookSender()
+    deliverer = Deliverer(
+        store=store,
+        engine=engine,
+        sender=sender,
+        targets=targets,
+        policy=deliveries,
+        stop_grace_s=settings.server.shutdown_grace_s,
+    )
+    engine.handle(JobKind.VALIDATE, lifecycle.validate)
+    engine.handle(JobKind.SLICE, worker.run_slice)
+    engine.handle(JobKind.FINALIZE, lifecycle.settle)
+    engine.handle(JobKind.EXPIRE, lifecycle.expire)
+    engine.handle(JobKind.WEBHOOK, deliverer.deliver)
+    loops = [
+        feeder.run(),
+        keep_up(store=store, blobs=blobs),
+        watch_deliveries(store=store, engine=engine),
+    ]
+    if is_alone:
+        if isinstance(blobs, FolderBlobs):
             await asyncio.to_thread(blobs.delete_leftovers)
-            await recover(store=store, blobs=blobs, segments=segments, engine=engine)
-            async with _plain_errors(), asyncio.TaskGroup() as tasks:
-                working = tasks.create_task(worker.run())
-                handing = tasks.create_task(engine.run())
-                others = [
-                    tasks.create_task(feeder.run()),
-                    tasks.create_task(keep_up(store=store, blobs=blobs)),
-                    tasks.create_task(watch_deliveries(store=store, engine=engine)),
-                ]
-                try:
-                    yield App(service, uploads, health, metrics, project_id, first_key)
-                finally:
-                    for other in others:
-                        other.cancel()
-                    worker.stop()
-                    deliverer.stop()
-                    await _end(engine, settings.server.shutdown_grace_s + _DRAIN_S)
-                    handing.cancel()
-                    worker.close()
-                    working.cancel()
-        finally:
-            await routes.close()
-            await sender.close()
-            await store.close()
+        await recover(store=store, blobs=blobs, segments=segments, engine=engine)
+    else:
+        await members.join()
+        loops += [
+            members.run(),
+            find_lost_work(store=store, engine=engine, every_s=settings.worker.lease_s),
+        ]
+    try:
+        async with _plain_errors(), asyncio.TaskGroup() as tasks:
+            working = tasks.create_task(worker.run())
+            handing = tasks.create_task(engine.run())
+            others = [tasks.create_task(loop) for loop in loops]
+            try:
+                yield
+            finally:
+                for other in others:
+                    other.cancel()
+                worker.stop()
+                deliverer.stop()
+                await _end(engine, settings.server.shutdown_grace_s + _DRAIN_S)
+                handing.cancel()
+                worker.close()
+                working.cancel()
+    finally:
+        await sender.close()
+        if not is_alone:
+            await members.leave()
 
 
 @contextlib.asynccontextmanager
@@ -197,96 +298,6 @@ async def _plain_errors() -> AsyncGenerator[None]:
         if len(group.exceptions) == 1:
             raise group.exceptions[0] from None
         raise
-
-
-async def serve(settings: Settings, *, announce: Callable[[str, App], None]) -> None:
-    """Serve the API and run the work until SIGTERM or SIGINT.
-
-    Args:
-        announce: Called with the API's address once it answers.
-
-    Raises:
-        InvalidSettings: The address cannot be listened on; nothing was made.
-    """
-    raise_file_limit()
-    with _listen(settings.server.host, settings.server.port) as listener:
-        await _serve(settings, listener, announce=announce)
-    _log.info("Stopped.")
-
-
-async def _serve(
-    settings: Settings, listener: socket.socket, *, announce: Callable[[str, App], None]
-) -> None:
-    async with open_app(settings) as app:
-        open_project = None if settings.server.auth else app.project_id
-        api = create_api(
-            app.service, app.uploads, app.health, app.metrics, open_project=open_project
-        )
-        server = _Server(
-            uvicorn.Config(
-                api,
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                lifespan="off",
-                timeout_graceful_shutdown=math.ceil(settings.server.shutdown_grace_s),
-            )
-        )
-        loop = asyncio.get_running_loop()
-        for name in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(name, server.ask_to_stop)
-        serving = asyncio.create_task(server.serve([listener]))
-        try:
-            while not (server.started or serving.done()):  # noqa: ASYNC110  (no event to await)
-                await asyncio.sleep(0.01)
-            if server.started:
-                # What lives now lives long: the collector need not walk it again and again.
-                gc.collect()
-                gc.freeze()
-                gc.set_threshold(_GARBAGE)
-                announce(_address(listener), app)
-            await serving
-        finally:
-            server.should_exit = True
-            await serving
-
-
-class _Server(uvicorn.Server):
-    """Uvicorn, without its hold on signals."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None]:
-        yield
-
-    def ask_to_stop(self) -> None:
-        """Stop in good order; asked a second time, at once."""
-        _log.info("Stopping; what is in flight may end. A second signal stops at once.")
-        self.force_exit = self.should_exit
-        self.should_exit = True
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(place[0])
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(place[4])
-        except OSError:
-            listener.close()
-            raise
-    except OSError as error:
-        raise InvalidSettings(
-            f"The address {host}, port {port}, cannot be listened on: {error.strerror}. "
-            "Choose others with --host and --port; port 0 takes a free one."
-        ) from error
-    return listener
-
-
-def _address(listener: socket.socket) -> str:
-    """Where it listens; the port is the real one also if 0 was asked for."""
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def raise_file_limit() -> None:
@@ -381,7 +392,7 @@ async def _add_key(store: SqlStore, project_id: ProjectId, project: str, key: st
     await store.add_key(record, digest=key_digest(key))
 
 
-async def _end(engine: MemoryEngine, patience_s: float) -> None:
+async def _end(engine: MemoryEngine | PostgresEngine, patience_s: float) -> None:
     try:
         async with asyncio.timeout(patience_s):
             await engine.stop()
@@ -432,13 +443,15 @@ def _admission_policy(upstream: Upstream, circuits: CircuitPolicy) -> AdmissionP
     )
 
 
-def _worker_options(settings: Settings, circuits: CircuitPolicy) -> WorkerOptions:
+def _worker_options(
+    settings: Settings, circuits: CircuitPolicy, segments: Segments
+) -> WorkerOptions:
     worker = settings.worker
     return WorkerOptions(
         parked_patience_s=circuits.patience_s,
-        worker_id=f"{os.uname().nodename}-{os.getpid()}",
+        worker_id=f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(3)}",
         lease_s=worker.lease_s,
-        flush_interval_s=worker.flush_interval_s,
+        flush_interval_s=max(worker.flush_interval_s, segments.flush_interval_s),
         flush_bytes=worker.flush_bytes,
         cancel_grace_s=worker.cancel_grace_s,
         shutdown_grace_s=settings.server.shutdown_grace_s,
@@ -469,43 +482,3 @@ def _service_limits(settings: Settings) -> ServiceLimits:
         input_file_life_s=_FILE_LIFE_S,
         is_strict=limits.strict_openai,
     )
-
-
-def greeting(address: str, app: App, settings: Settings) -> str:
-    """What `serve` prints once it answers."""
-    lines = [f"Penstock {__version__} listens on {address} (data in {settings.data_dir})."]
-    if not settings.upstreams:
-        lines.append(
-            "There is no upstream yet, so every batch will fail: add --upstream URL or an "
-            "[[upstreams]] table to the settings."
-        )
-    if app.first_key is not None:
-        lines += [
-            f"Your API key, shown only this once: {app.first_key}",
-            f"It is kept in {settings.data_dir / KEY_FILE} for the commands of this directory.",
-        ]
-    if not settings.server.auth:
-        lines.append("No key is asked for.")
-    return "\n".join(lines)
-
-
-def run_server(settings: Settings) -> None:
-    """Serve until the process is told to stop. What `penstock serve` does."""
-    import uvloop  # noqa: PLC0415  (not on every platform)
-
-    def announce(address: str, app: App) -> None:
-        print(greeting(address, app, settings), flush=True)
-
-    _share_arenas()
-    uvloop.run(serve(settings, announce=announce))
-
-
-def _share_arenas() -> None:
-    """Let all threads share two of glibc's memory arenas.
-
-    Each thread would get one of its own, and what one of them once needed stays with it.
-    """
-    import ctypes  # noqa: PLC0415  (needed here alone)
-
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)

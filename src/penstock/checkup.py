@@ -18,6 +18,8 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from penstock.app import open_storage
+from penstock.engine.postgres import check_queue, install_queue
 from penstock.errors import PenstockError, UpstreamDown
 from penstock.events import sample_event
 from penstock.places import database_path, store_url
@@ -28,6 +30,8 @@ from penstock.upstream.webhook import WebhookReply, WebhookTarget
 from penstock.upstream.webhook_http import HttpWebhookSender
 
 _SHOWN_MODELS = 5
+_LIVES_S = 10.0
+"""How lately a worker that is at work was seen."""
 
 
 class Verdict(StrEnum):
@@ -49,10 +53,15 @@ class Finding:
 
 
 async def check_all(settings: Settings) -> list[Finding]:
-    """Try the data directory, the database and every upstream, and list the webhooks, in
-    this order."""
+    """Try the data directory, the database, the storage and every upstream, and list the
+    webhooks, in this order."""
     findings = list(check_data_dir(settings))
-    findings.append(await check_database(settings.data_dir))
+    if settings.database_url is None:
+        findings.append(await check_database(settings.data_dir))
+    else:
+        findings.append(await check_shared_database(settings.database_url))
+    if settings.storage_url is not None:
+        findings.append(await check_storage(settings))
     if not settings.upstreams:
         message = "None is set; add an [[upstreams]] table, or start with `--upstream URL`."
         findings.append(Finding("upstreams", Verdict.NOTE, message))
@@ -102,11 +111,37 @@ async def check_database(data_dir: Path) -> Finding:
     if not has_database(data_dir):
         return Finding(what, Verdict.OK, f"{path} is not there yet; the first start makes it.")
     try:
-        async with open_store(data_dir) as store:
+        async with open_store(store_url(data_dir)) as store:
             await store.ping()
     except (PenstockError, OSError) as error:
         return Finding(what, Verdict.PROBLEM, str(error))
     return Finding(what, Verdict.OK, f"{path} takes writes.")
+
+
+async def check_shared_database(url: str) -> Finding:
+    """Whether a cluster's database is there, has our tables and takes writes."""
+    what = "database"
+    try:
+        async with open_store(url) as store:
+            await store.ping()
+            version = await store.find_version()
+            workers = await store.list_workers(seen_after=await store.read_clock() - _LIVES_S)
+        await check_queue(url)
+    except (PenstockError, OSError) as error:
+        return Finding(what, Verdict.PROBLEM, str(error))
+    count = f"{len(workers)} worker{'' if len(workers) == 1 else 's'}"
+    return Finding(
+        what, Verdict.OK, f"It takes writes, at schema version {version}; {count} at work."
+    )
+
+
+async def check_storage(settings: Settings) -> Finding:
+    """Whether the storage takes, gives and deletes an object."""
+    try:
+        await open_storage(settings).check()
+    except PenstockError as error:
+        return Finding("storage", Verdict.PROBLEM, str(error))
+    return Finding("storage", Verdict.OK, f"{settings.storage_url} takes and gives objects.")
 
 
 async def check_upstream(settings: Upstream) -> Finding:
@@ -187,14 +222,37 @@ def has_database(data_dir: Path) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def open_store(data_dir: Path) -> AsyncGenerator[SqlStore]:
-    """The database of a data directory, brought to this version's schema."""
-    store = SqlStore(store_url(data_dir), jobs=None)
+async def open_store(url: str) -> AsyncGenerator[SqlStore]:
+    """A database; one of a data directory is brought to this version's schema."""
+    store = SqlStore(url, jobs=None)
     try:
         await store.open()
         yield store
     finally:
         await store.close()
+
+
+async def migrate_database(url: str) -> tuple[str | None, str]:
+    """Bring a database to this version's schema, and the job queue's with it.
+
+    Returns:
+        The schema's version before, None if the database was empty, and now.
+
+    Raises:
+        InvalidSettings: The schema is newer than this version of Penstock.
+        StorageUnavailable: The database does not answer.
+    """
+    store = SqlStore(url, jobs=None)
+    try:
+        before = await store.find_version()
+        await store.migrate()
+        after = await store.find_version()
+    finally:
+        await store.close()
+    if not url.startswith("sqlite:"):
+        await install_queue(url)
+    assert after is not None  # noqa: S101
+    return before, after
 
 
 def _is_in_use(data_dir: Path) -> bool:

@@ -7,7 +7,7 @@ and a mistake in an upstream's settings does not keep anyone from looking at a b
 import os
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from penstock.errors import InvalidSettings
 
@@ -97,6 +97,33 @@ def find_key(data_dir: Path | None) -> str | None:
 def _named(variable: str) -> Path | None:
     value = os.environ.get(variable)
     return Path(value) if value else None
+
+
+def find_database(flag: Path | None, *, config: Path | None = None) -> str:
+    """The URL of the database as the settings would find it, without checking anything else.
+
+    Args:
+        flag: The data directory as `--data-dir` gives it; None looks on.
+        config: The settings file, as `--config` gives it; None looks where it may be.
+
+    Raises:
+        InvalidSettings: It is to be taken from an environment variable that is not set.
+    """
+    if flag is None:
+        if url := os.environ.get("PENSTOCK_DATABASE_URL"):
+            return url
+        path = find_config(config)
+        value = read_config(path).get("database_url") if path is not None else None
+        if isinstance(value, dict):
+            name = str(next(iter(cast("dict[str, object]", value).values()), ""))
+            value = os.environ.get(name)
+            if not value:
+                raise InvalidSettings(
+                    f"database_url names the environment variable {name}, which is not set."
+                )
+        if isinstance(value, str):
+            return value
+    return store_url(find_data_dir(flag, config=config))
 
 
 def database_path(data_dir: Path) -> Path:

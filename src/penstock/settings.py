@@ -145,6 +145,29 @@ def _signing_secret(value: object) -> object:
     return value
 
 
+def _database_url(value: object) -> object:
+    value = _from_variable(value)
+    if not isinstance(value, str):
+        raise ValueError
+    try:
+        parts = urlsplit(value)
+        _ = parts.port
+    except ValueError:
+        raise ValueError from None
+    is_whole = parts.scheme in ("postgresql", "postgres") and len(parts.path) > 1
+    if not is_whole or re.search(r"\s", value):
+        raise ValueError
+    return value
+
+
+def _storage_url(value: object) -> object:
+    if not isinstance(value, str) or not re.fullmatch(
+        r"(s3|gs|az)://[A-Za-z0-9][\w.-]{1,62}(/[\w./=-]*)?", value, re.A
+    ):
+        raise ValueError
+    return value.rstrip("/")
+
+
 def _directory(value: object) -> object:
     if not isinstance(value, (str, Path)) or not str(value):
         raise ValueError
@@ -242,6 +265,13 @@ class Worker(Table):
     )
     cancel_grace_s: Number = _not_negative(
         600, "How long lines in flight may go on after their batch is cancelled, in seconds."
+    )
+    health_port: Whole = _whole(
+        0,
+        "The TCP port on which `penstock work` tells how it is, under `/healthz`, `/readyz` "
+        "and `/metrics`, at `server.host`; 0: none.",
+        ge=0,
+        le=65535,
     )
     lease_s: Number = _positive(
         30, "How long a slice stays with a worker that gives no sign of life, in seconds."
@@ -389,6 +419,17 @@ class Settings(Table):
         "The key of the project `default`; without one and without projects, "
         "the first start makes one.",
         _SECRET,
+        default=None,
+    )
+    database_url: Annotated[str, BeforeValidator(_database_url)] | None = _setting(
+        "The PostgreSQL database of a cluster; without one, all is in an SQLite database in "
+        "`data_dir`.",
+        'a URL such as postgresql://user:password@host:5432/penstock, or { env = "NAME" }',
+        default=None,
+    )
+    storage_url: Annotated[str, BeforeValidator(_storage_url)] | None = _setting(
+        "Where files and replies are kept; without one, in `data_dir`.",
+        "s3://BUCKET, gs://BUCKET or az://CONTAINER, each also with /PREFIX",
         default=None,
     )
     server: Server = Server()

@@ -26,8 +26,8 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
-from penstock.app import run_server
 from penstock.model import FINAL, TRANSITIONS, BatchStatus
+from penstock.serving import run_server
 from penstock.settings import Settings
 from penstock.telemetry import configure_logging
 from tests.integration.bench import CHAT, line, prompt_of

@@ -175,7 +175,7 @@ def test_an_unknown_name_is_refused_and_the_nearest_one_told(
     )
 
 
-@pytest.mark.parametrize("name", ["database_url", "storage_url", "metrics"])
+@pytest.mark.parametrize("name", ["metrics"])
 def test_a_setting_of_a_later_release_is_unknown(name: str) -> None:
     assert refused(f'{name} = "x"').startswith(
         f"There is no setting {name} (file penstock.toml); there are data_dir, api_key, "
@@ -536,3 +536,56 @@ def test_the_secrets_of_a_webhook_are_not_shown() -> None:
     assert shown["webhooks[0].secret"] == shown["webhooks[0].previous_secret"] == "***"
     assert "AAEC" not in repr(settings) + str(shown)
     assert "sss" not in repr(settings) + str(shown)
+
+
+@pytest.mark.parametrize(
+    ("url", "is_good"),
+    [
+        ("postgresql://user:pw@host:5432/db?sslmode=require", True),
+        ("postgres:///db?host=/var/run/postgresql", True),
+        ("postgresql://host", False),
+        ("postgresql://host:port/db", False),
+        ("sqlite:////tmp/penstock.db", False),
+        ("mysql://host/db", False),
+        ("", False),
+    ],
+)
+def test_a_database_url_names_a_postgresql_database(url: str, is_good: bool) -> None:
+    toml = f'database_url = "{url}"'
+    if is_good:
+        assert load(toml).database_url == url
+    else:
+        assert refused(toml).startswith(
+            f'database_url is "{url}" (file penstock.toml); it must be a URL such as '
+        )
+
+
+def test_the_password_of_a_database_is_never_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DB", "postgresql://user:geheim@host/db")
+
+    settings = load('database_url = { env = "DB" }')
+
+    [shown] = [each for each in settings.describe() if each.name == "database_url"]
+    assert settings.database_url == "postgresql://user:geheim@host/db"
+    assert shown.value == "postgresql://***@host/db"
+    assert "geheim" not in refused('database_url = "mysql://user:geheim@host/db"')
+
+
+@pytest.mark.parametrize(
+    ("url", "is_good"),
+    [
+        ("s3://bucket", True),
+        ("gs://my.bucket/some/prefix", True),
+        ("az://container/prefix/", True),
+        ("file:///tmp/x", False),
+        ("s3://", False),
+        ("s3://bucket?x=1", False),
+        ("bucket", False),
+    ],
+)
+def test_a_storage_url_names_a_bucket(url: str, is_good: bool) -> None:
+    toml = f'storage_url = "{url}"'
+    if is_good:
+        assert load(toml).storage_url == url.rstrip("/")
+    else:
+        assert f'storage_url is "{url}"' in refused(toml)

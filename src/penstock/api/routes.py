@@ -186,6 +186,16 @@ def create_api(
     return app
 
 
+def create_health_api(health: Health, metrics: Metrics) -> FastAPI:
+    """Make the application of a process that only works: it tells how it is."""
+    app = _Api(title="Penstock", version=__version__, openapi_url=None, redirect_slashes=False)
+    handle_errors(app)
+    app.include_router(_make_router(HEALTH))
+    app.state.health = health
+    app.state.metrics = metrics
+    return app
+
+
 def describe(*, needs_key: bool = True) -> dict[str, Any]:
     """The OpenAPI document of a server that asks for keys, or of one that does not."""
     return _make_app(None if needs_key else ProjectId(""), None).openapi()

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from penstock import __version__
-from penstock.cli import batches, local, webhooks, work
+from penstock.cli import batches, cluster, local, webhooks, work
 from penstock.cli.options import FAILED, INTERRUPTED, REFUSED
 from penstock.errors import PenstockError, StorageUnavailable, UpstreamDown
 
@@ -59,6 +59,8 @@ def top(
 
 # In the order of the help.
 app.command()(work.serve)
+app.command()(cluster.work)
+app.command()(cluster.migrate)
 app.command()(work.run)
 app.command()(work.demo)
 app.command()(local.validate)

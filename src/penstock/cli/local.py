@@ -320,7 +320,7 @@ def create_key(
 ) -> None:
     """Make a key and show it, once."""
     from penstock.keys import new_key
-    from penstock.places import find_data_dir
+    from penstock.places import find_data_dir, find_database
     from penstock.settings import is_label
 
     if not is_label(project):
@@ -328,27 +328,29 @@ def create_key(
             f'--project is "{project}"; it must be 1 to 64 letters, digits, dots, dashes or '
             "underscores."
         )
-    directory = find_data_dir(data_dir, config=config)
-    try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise InvalidSettings(f"{directory} cannot be made: {error.strerror}.") from error
+    database = find_database(data_dir, config=config)
+    if database.startswith("sqlite:"):
+        directory = find_data_dir(data_dir, config=config)
+        try:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise InvalidSettings(f"{directory} cannot be made: {error.strerror}.") from error
     key = new_key()
-    record = run_async(_add_key(directory, project, key))
+    record = run_async(_add_key(database, project, key))
     if as_json:
         print_json({**_key_document(record), "key": key})
     else:
         typer.echo(f"Key {record.id} of the project {project}, shown only this once:\n{key}")
 
 
-async def _add_key(data_dir: Path, project: str, key: str) -> "ApiKey":
+async def _add_key(database: str, project: str, key: str) -> "ApiKey":
     import secrets
 
     from penstock.checkup import open_store
     from penstock.keys import key_digest, key_hint
     from penstock.model import ApiKey, KeyId
 
-    async with open_store(data_dir) as store:
+    async with open_store(database) as store:
         owner = await store.ensure_project(project)
         record = ApiKey(
             id=KeyId(f"key_{secrets.token_hex(8)}"),
@@ -367,10 +369,10 @@ def list_keys(config: Config = None, data_dir: DataDir = None, as_json: AsJson =
     from penstock.checkup import open_store
     from penstock.terminal import add_row, moment, table
 
-    directory = used_data_dir(data_dir, config)
+    database = used_database(data_dir, config)
 
     async def read() -> "list[ApiKey]":
-        async with open_store(directory) as store:
+        async with open_store(database) as store:
             return await store.list_keys()
 
     found = run_async(read())
@@ -395,10 +397,10 @@ def revoke_key(
     from penstock.checkup import open_store
     from penstock.model import KeyId
 
-    directory = used_data_dir(data_dir, config)
+    database = used_database(data_dir, config)
 
     async def revoke() -> "ApiKey":
-        async with open_store(directory) as store:
+        async with open_store(database) as store:
             return await store.revoke_key(KeyId(key_id), now=int(time.time()))
 
     key = run_async(revoke())
@@ -408,18 +410,21 @@ def revoke_key(
         typer.echo(f"Key {key.id} of the project {key.project} is revoked.")
 
 
-def used_data_dir(flag: Path | None, config: Path | None) -> Path:
-    """The data directory, which must have been used before."""
+def used_database(flag: Path | None, config: Path | None) -> str:
+    """The URL of the database; a data directory must have been used before."""
     from penstock.checkup import has_database
-    from penstock.places import find_data_dir
+    from penstock.places import find_data_dir, find_database
 
+    database = find_database(flag, config=config)
+    if not database.startswith("sqlite:"):
+        return database
     directory = find_data_dir(flag, config=config)
     if not has_database(directory):
         raise InvalidSettings(
             f"There is no Penstock database in {directory}; name the server's data directory "
             "with --data-dir."
         )
-    return directory
+    return database
 
 
 def _key_document(key: "ApiKey") -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from penstock.cli.local import run_async, used_data_dir
+from penstock.cli.local import run_async, used_database
 from penstock.cli.options import FAILED, AsJson, Config, DataDir, print_json, print_view
 from penstock.errors import InvalidRequest, InvalidSettings
 from penstock.model import Delivery, DeliveryId, DeliveryStatus
@@ -46,10 +46,10 @@ def list_webhooks(
     from penstock.checkup import open_store
     from penstock.store.base import Page
 
-    directory = used_data_dir(data_dir, config)
+    database = used_database(data_dir, config)
 
     async def read() -> "tuple[list[Webhook], list[Delivery]]":
-        async with open_store(directory) as store:
+        async with open_store(database) as store:
             page = Page(limit=limit)
             return await store.list_webhooks(), await store.list_deliveries(page, status=status)
 
@@ -171,10 +171,10 @@ def replay(
             "Name the deliveries by their IDs, as `penstock webhooks list` shows them, or use "
             "--failed for all that were given up; one of the two."
         )
-    directory = used_data_dir(data_dir, config)
+    database = used_database(data_dir, config)
 
     async def work() -> list[Delivery]:
-        async with open_store(directory) as store:
+        async with open_store(database) as store:
             names = [DeliveryId(name) for name in dict.fromkeys(delivery_ids or [])]
             for name in names:
                 await store.get_delivery(name)  # one that is not there: nothing is done

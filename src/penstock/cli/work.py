@@ -59,13 +59,17 @@ def serve(
     no_auth: Annotated[
         bool, typer.Option("--no-auth", help="Ask for no key; on a loopback address only.")
     ] = False,
+    no_workers: Annotated[
+        bool,
+        typer.Option("--no-workers", help="The API alone, of a cluster whose workers run."),
+    ] = False,
 ) -> None:
     """Run the API and the workers in one process.
 
     Ready when GET /readyz answers 200. Stop it with Ctrl-C or SIGTERM; after a crash the next
     start goes on where it stopped.
     """
-    from penstock.app import run_server
+    from penstock.serving import run_server
     from penstock.settings import load_settings, upstream_from_flag
     from penstock.telemetry import configure_logging
 
@@ -81,7 +85,7 @@ def serve(
         },
     )
     configure_logging()
-    run_server(settings)
+    run_server(settings, works=not no_workers)
 
 
 def run(

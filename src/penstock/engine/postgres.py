@@ -25,7 +25,7 @@ from pgqueuer.domain.types import JobId
 
 from penstock.engine.base import Handler
 from penstock.engine.memory import MemoryEngine, soonest
-from penstock.engine.postgres_link import FAILURES, Connection, Link, Pool, open_pool
+from penstock.engine.postgres_link import FAILURES, Connection, Link, Pool, connect, open_pool
 from penstock.engine.postgres_queue import (
     CANCEL_CHANNEL,
     CANCELLED,
@@ -33,6 +33,8 @@ from penstock.engine.postgres_queue import (
     SCHEMA,
     CancelNotice,
     JobQueue,
+    install,
+    is_installed,
     put_jobs,
     take_back,
     take_back_local,
@@ -46,6 +48,10 @@ _LOCAL = frozenset({JobKind.SLICE})
 _HAND_OUT = 16
 _LOOK_AGAIN_S = 5.0
 """How long a job that nobody told of may lie."""
+_NO_QUEUE = (
+    f"The database has no job queue of this version in its schema {SCHEMA}; make it with "
+    "`penstock migrate`."
+)
 _CONNECTIONS = 2
 _REMEMBER = 1000
 _CLOSE_S = 2.0
@@ -197,10 +203,7 @@ class PostgresEngine:
         except RuntimeError:
             is_ours = False
         if not is_ours:
-            raise InvalidSettings(
-                f"The database has no job queue of this version in its schema {SCHEMA}; "
-                "make it with `penstock migrate`."
-            )
+            raise InvalidSettings(_NO_QUEUE)
 
     async def _do(
         self, kind: JobKind, handler: Handler, queued: QueuedJob, context: Context
@@ -255,6 +258,44 @@ class PostgresEngine:
             if self._pool is None:
                 self._pool = await open_pool(self._dsn, max_size=_CONNECTIONS)
             return self._pool
+
+
+async def check_queue(dsn: str) -> None:
+    """
+    Raises:
+        InvalidSettings: The queue's tables are not there, or not of this version.
+        StorageUnavailable: The database does not answer.
+    """
+    try:
+        connection = await connect(dsn)
+        try:
+            if not await is_installed(connection):
+                raise InvalidSettings(_NO_QUEUE)
+        finally:
+            await connection.close(timeout=_CLOSE_S)
+    except FAILURES as error:
+        raise StorageUnavailable(
+            f"The job queue cannot be looked at ({error or type(error).__name__})."
+        ) from error
+
+
+async def install_queue(dsn: str) -> None:
+    """Make the tables of the queue, or bring them to this version. Safe to run twice and from
+    two hosts at once.
+
+    Raises:
+        StorageUnavailable: The database does not answer.
+    """
+    try:
+        connection = await connect(dsn)
+        try:
+            await install(connection)
+        finally:
+            await connection.close(timeout=_CLOSE_S)
+    except FAILURES as error:
+        raise StorageUnavailable(
+            f"The job queue's tables cannot be made ({error or type(error).__name__})."
+        ) from error
 
 
 def _in_transaction(connection: Connection) -> Connection:

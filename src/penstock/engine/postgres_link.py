@@ -49,6 +49,11 @@ async def open_pool(dsn: str, *, max_size: int) -> Pool:
     return await _create_pool(dsn, min_size=0, max_size=max_size, **_OPTIONS)
 
 
+async def connect(dsn: str) -> Connection:
+    """One connection, for a moment."""
+    return await _connect(dsn, **_OPTIONS)
+
+
 class Link:
     """PgQueuer's driver over one connection, which `run` keeps up.
 

@@ -154,6 +154,14 @@ async def install(connection: Connection) -> None:
         await connection.execute(_INSTALL)
 
 
+async def is_installed(connection: Connection) -> bool:
+    """Whether the tables of the queue are there, as this version needs them."""
+    queries = make_queries(AsyncpgDriver(connection))
+    if not await queries.schema_is_installed():
+        return False
+    return await queries.table_has_column(_NAMES.queue_table, "again_at")
+
+
 async def put_jobs(connection: Connection, jobs: Sequence[Job]) -> None:
     """Enqueue jobs, no two of which are of the same kind and ID."""
     await connection.execute(

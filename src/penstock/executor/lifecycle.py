@@ -241,13 +241,22 @@ class Lifecycle:
     # Settle
 
     async def settle(self, batch_id: str, stop: asyncio.Event) -> None:
-        """Do the next thing for a batch. The handler for `finalize` and `expire` jobs."""
+        """Do the next thing for a batch. The handler for `finalize` jobs."""
         del stop
         await self._until_stored(lambda: self._settle(BatchId(batch_id)))
 
+    async def expire(self, batch_id: str, stop: asyncio.Event) -> None:
+        """Have a batch looked at whose window has closed. The handler for `expire` jobs.
+
+        By a `finalize` job, of which there is one at a time, whichever process does it.
+        """
+        del stop
+        job = Job(kind=JobKind.FINALIZE, id=batch_id)
+        await self._until_stored(lambda: self._engine.enqueue([job]))
+
     async def _settle(self, batch_id: BatchId) -> None:
-        # A batch that ends as its window closes has both jobs: one would miss the replies
-        # that the other has copied and deleted.
+        # Validation may find the batch ready to end as its own job does: one would miss the
+        # replies that the other has copied and deleted.
         lock = self._settling.setdefault(batch_id, asyncio.Lock())
         async with lock:
             await self._settle_alone(batch_id)

@@ -1,6 +1,7 @@
 """Upkeep: what a dead process left behind, and what has had its time."""
 
 import asyncio
+import time
 from contextlib import suppress
 
 import structlog
@@ -36,6 +37,41 @@ async def recover(*, store: Store, blobs: Blobs, segments: Segments, engine: Eng
     Only for a process that has the directory to itself, before anything is written.
     """
     running = await store.recover_slices()
+    batches = await _enqueue_unfinished(store, engine)
+    await _sweep(store=store, blobs=blobs, segments=segments)
+    if batches:
+        _log.info("Going on where it stopped.", batches=batches, slices=running)
+
+
+async def find_lost_work(*, store: Store, engine: Engine, every_s: float) -> None:
+    """See to it that no work of a cluster is lost with the process that had it, until
+    cancelled.
+
+    Slices whose leases have ended become pending again. Every batch that is not final gets
+    its jobs anew, should the engine have lost them.
+
+    Args:
+        every_s: How long after its process a job may lie.
+    """
+    looked_at = float("-inf")
+    while True:
+        try:
+            if released := await store.release_slices(now=clock.now()):
+                _log.warning("Workers are gone; their slices are handed on.", slices=released)
+            if time.monotonic() - looked_at >= every_s:
+                await _enqueue_unfinished(store, engine)
+                looked_at = time.monotonic()
+        except StorageUnavailable as error:
+            _log.warning("Lost work cannot be looked for for now.", error=str(error))
+        await asyncio.sleep(_LOOK_EVERY_S)
+
+
+async def _enqueue_unfinished(store: Store, engine: Engine) -> int:
+    """Enqueue what batches that are not final, and deliveries, are waiting for.
+
+    Returns:
+        How many batches there are.
+    """
     unfinished = await store.list_unfinished()
     jobs: list[Job] = []
     for batch in unfinished:
@@ -45,9 +81,7 @@ async def recover(*, store: Store, blobs: Blobs, segments: Segments, engine: Eng
         jobs.append(Job(kind=JobKind.EXPIRE, id=batch.id, due_at=batch.expires_at))
     await engine.enqueue(jobs)
     await engine.enqueue(await store.list_due_deliveries(until=None))
-    await _sweep(store=store, blobs=blobs, segments=segments)
-    if unfinished:
-        _log.info("Going on where it stopped.", batches=len(unfinished), slices=running)
+    return len(unfinished)
 
 
 async def _sweep(*, store: Store, blobs: Blobs, segments: Segments) -> None:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from sqlalchemy import Connection, RowMapping, bindparam, delete, insert, select, update
-from sqlalchemy.dialects.sqlite import insert as upsert
 
 from penstock.shares import NOTHING, Claim, Part, decide_part
 from penstock.store.base import Budget, BudgetRequest
+from penstock.store.dialects import upsert
 from penstock.store.tables import budget_leases, budgets
 from penstock.store.transactions import SqlTransactions
 
@@ -79,7 +79,7 @@ def _lease(
 def _lock_and_tell(db: Connection, request: BudgetRequest) -> dict[str, float | None]:
     """Lock an upstream's row, add what is new, and read what all are to hear."""
     key = {"upstream": request.upstream}
-    db.execute(upsert(budgets).values(key).on_conflict_do_nothing())
+    db.execute(upsert(db, budgets).values(key).on_conflict_do_nothing())
     row = db.execute(_LOCK_BUDGET, key).mappings().one()
     told = {
         "refused_at": _latest(row["refused_at"], request.refused_at),

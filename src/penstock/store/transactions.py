@@ -10,6 +10,7 @@ from sqlalchemy.sql import ColumnElement
 
 from penstock.errors import InvalidSettings
 from penstock.model import Job, ProjectId
+from penstock.store import migrations
 from penstock.store.base import JobSink
 from penstock.store.sqlite import SqliteDatabase
 
@@ -60,6 +61,10 @@ class SqlTransactions:
             StorageUnavailable: The database does not answer, or its tables stay locked.
         """
         await self._db.migrate()
+
+    async def find_version(self) -> str | None:
+        """The version of the schema; None if the database is empty."""
+        return await self._db.read(migrations.find_version)
 
     async def close(self) -> None:
         await asyncio.gather(*self._writes, return_exceptions=True)
