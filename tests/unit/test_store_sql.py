@@ -30,6 +30,8 @@ from penstock.testing.store import (
     start,
 )
 from penstock.testing.store_creations import CreationContract
+from penstock.testing.store_files import FileContract
+from penstock.testing.store_slices import SliceContract
 from penstock.testing.store_uploads import UploadContract
 from penstock.testing.store_webhooks import WebhookContract
 
@@ -63,7 +65,14 @@ async def other(path: Path, store: SqlStore) -> AsyncIterator[SqlStore]:
     await other.close()
 
 
-class TestSqlStore(StoreContract, CreationContract, UploadContract, WebhookContract):
+class TestSqlStore(
+    StoreContract,
+    FileContract,
+    SliceContract,
+    CreationContract,
+    UploadContract,
+    WebhookContract,
+):
     @pytest.fixture
     async def store(self, path: Path, jobs: RecordedJobs) -> AsyncIterator[SqlStore]:
         store = SqlStore(f"sqlite:///{path}", jobs=jobs)
