@@ -111,8 +111,8 @@ FAULTS = [
     Fault(
         "store: slices of a dead process stay with it",
         "store/sql.py",
-        "== SliceStatus.RUNNING)\n    .values(status=SliceStatus.PENDING,",
-        "== SliceStatus.ENDED)\n    .values(status=SliceStatus.PENDING,",
+        "== SliceStatus.RUNNING).values(_GIVEN_BACK)",
+        "== SliceStatus.ENDED).values(_GIVEN_BACK)",
         STORE,
         "dead",
     ),

@@ -7,6 +7,8 @@ import pytest
 from penstock.store.sql import SqlStore
 from penstock.testing.store import RecordedJobs, StoreContract
 from penstock.testing.store_creations import CreationContract
+from penstock.testing.store_files import FileContract
+from penstock.testing.store_slices import SliceContract
 from penstock.testing.store_uploads import UploadContract
 from penstock.testing.store_webhooks import WebhookContract
 
@@ -24,7 +26,14 @@ async def store(migrated_url: str, jobs: RecordedJobs) -> AsyncIterator[SqlStore
     await store.close()
 
 
-class TestSqlStore(StoreContract, CreationContract, UploadContract, WebhookContract):
+class TestSqlStore(
+    StoreContract,
+    FileContract,
+    SliceContract,
+    CreationContract,
+    UploadContract,
+    WebhookContract,
+):
     @pytest.fixture
     async def store(self, migrated_url: str, jobs: RecordedJobs) -> AsyncIterator[SqlStore]:
         store = SqlStore(migrated_url, jobs=jobs)

@@ -31,7 +31,9 @@ from penstock.testing.store import (
 )
 from penstock.testing.store_budgets import BudgetContract
 from penstock.testing.store_creations import CreationContract
+from penstock.testing.store_files import FileContract
 from penstock.testing.store_segments import SegmentContract
+from penstock.testing.store_slices import SliceContract
 from penstock.testing.store_uploads import UploadContract
 from penstock.testing.store_webhooks import WebhookContract
 
@@ -67,6 +69,8 @@ async def other(path: Path, store: SqlStore) -> AsyncIterator[SqlStore]:
 
 class TestSqlStore(
     StoreContract,
+    FileContract,
+    SliceContract,
     BudgetContract,
     CreationContract,
     UploadContract,

@@ -91,15 +91,15 @@ def upgrade_beside(db: Connection) -> None:
         migrate(db)
 
 
-def migrate(db: Connection) -> None:
-    """Run the migrations from the schema's version, or from nothing, to `HEAD`."""
+def migrate(db: Connection, *, to: str = HEAD) -> None:
+    """Run the migrations from the schema's version, or from nothing, up to `to`."""
     from alembic import command  # noqa: PLC0415 - see above
     from alembic.config import Config  # noqa: PLC0415
 
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
     config.attributes["connection"] = db
-    command.upgrade(config, "head")
+    command.upgrade(config, to)
 
 
 def _create(db: Connection) -> None:
