@@ -223,7 +223,11 @@ class PostgresEngine:
             del self._doing[queued.id]
 
     def _hear_cancel(self, payload: str | bytes | bytearray) -> None:
-        notice = msgspec.json.decode(payload, type=CancelNotice)
+        try:
+            notice = msgspec.json.decode(payload, type=CancelNotice)
+        except msgspec.DecodeError as error:  # of another version
+            _log.warning("A cancel is not understood.", error=str(error))
+            return
         for row in notice.rows:
             self._tell(row)
             self._cancelled.append(row)

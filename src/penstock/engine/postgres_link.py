@@ -32,6 +32,8 @@ FAILURES = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError
 ANSWER_TIMEOUT_S = 10.0
 """How long a connection may take to open, and a statement to be answered."""
 _CLOSE_S = 2.0
+_TABLE_CHANGED = "table_changed_event"
+"""Stands in the notices of PgQueuer's trigger."""
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 5.0
 
@@ -65,6 +67,7 @@ class Link:
         self._dsn = dsn
         self._connection: Connection | None = None
         self._listeners: list[tuple[str, NotifyCallback]] = []
+        self._is_woken = False
         self._turn = asyncio.Lock()
         self._may_go = asyncio.Event()
         """There is a connection, or none is waited for any more."""
@@ -95,6 +98,10 @@ class Link:
         self._gave_up = True
         self._may_go.set()
 
+    def note_look(self) -> None:
+        """The queue is being looked at: what changes from now on is worth another look."""
+        self._is_woken = False
+
     # What PgQueuer asks of a driver
 
     async def fetch(self, query: str, *args: object) -> list[dict[str, object]]:
@@ -109,8 +116,13 @@ class Link:
 
     async def add_listener(self, channel: str, callback: NotifyCallback) -> None:
         """Also on each connection that is made later."""
-        await self._do(lambda connection: _listen(connection, channel, callback))
-        self._listeners.append((channel, callback))
+
+        def hear(payload: str | bytes | bytearray) -> None:
+            if self._is_news(payload):
+                callback(payload)
+
+        await self._do(lambda connection: _listen(connection, channel, hear))
+        self._listeners.append((channel, hear))
 
     @property
     def shutdown(self) -> asyncio.Event:
@@ -125,6 +137,14 @@ class Link:
 
     async def __aexit__(self, *_: object) -> None:
         """Nothing: `run` closes the connection."""
+
+    def _is_news(self, payload: str | bytes | bytearray) -> bool:
+        """PgQueuer looks once for each notice, so that after a rush it would look in vain for
+        as long; one notice for each look is enough."""
+        if _TABLE_CHANGED not in str(payload):
+            return True
+        was_woken, self._is_woken = self._is_woken, True
+        return not was_woken
 
     async def _do(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         async with self._turn:

@@ -13,8 +13,10 @@ processes meet at a job holds because they meet at its row:
 PgQueuer's log is kept empty by a trigger: a job that has ended leaves nothing behind.
 """
 
+import asyncio
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import msgspec
@@ -28,10 +30,17 @@ from pgqueuer.adapters.persistence.queries import Queries
 from pgqueuer.domain.models import Job as QueuedJob
 from pgqueuer.domain.models import TracebackRecord
 from pgqueuer.domain.settings import DBSettings, Durability
-from pgqueuer.domain.types import JOB_STATUS, Channel, JobId, QueueManagerId
+from pgqueuer.domain.types import (
+    JOB_STATUS,
+    Channel,
+    JobId,
+    QueueEntrypoint,
+    QueueManagerId,
+)
 from pgqueuer.ports.driver import Driver
+from pgqueuer.ports.repository import EntrypointExecutionParameter
 
-from penstock.engine.postgres_link import Connection
+from penstock.engine.postgres_link import Connection, Link
 from penstock.model import Job, JobKind
 
 T = TypeVar("T")
@@ -43,6 +52,8 @@ CANCEL_CHANNEL = f"{SCHEMA}_cancel"
 CANCELLED = "cancelled"
 """In the headers of a job that is being done: it was cancelled since."""
 _LOCK = 0x70656E_6A6F6273
+_TRIES = 20
+_TRY_AGAIN_S = 0.1
 _JOBS_PER_NOTICE = 50
 """A notice holds at most 8,000 bytes."""
 
@@ -80,6 +91,19 @@ END $$;
 CREATE OR REPLACE TRIGGER put_again AFTER DELETE ON {_QUEUE}
 FOR EACH ROW WHEN (OLD.again_at IS NOT NULL) EXECUTE FUNCTION {SCHEMA}.put_again();
 
+CREATE OR REPLACE FUNCTION {SCHEMA}.give_back(ids bigint[], owner uuid) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    free bigint[] := ARRAY(
+        SELECT id FROM {_QUEUE} WHERE id = ANY(ids) AND queue_manager_id = owner
+        FOR UPDATE SKIP LOCKED
+    );
+BEGIN
+    UPDATE {_QUEUE} SET again_at = least(again_at, now())
+    WHERE id = ANY(free) AND NOT coalesce(headers ? '{CANCELLED}', false);
+    DELETE FROM {_QUEUE} WHERE id = ANY(free);
+END $$;
+
 CREATE OR REPLACE FUNCTION {SCHEMA}.log_nothing() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     RETURN NULL;
@@ -96,7 +120,7 @@ INSERT INTO {_QUEUE} AS job (priority, entrypoint, payload, dedupe_key, execute_
 SELECT 0, kind, convert_to(id, 'UTF8'), kind || ':' || id,
     coalesce(to_timestamp(due_at), now()), 'queued'
 FROM unnest($1::text[], $2::text[], $3::float8[]) AS new (kind, id, due_at)
-ORDER BY kind, id
+ORDER BY kind || ':' || id
 ON CONFLICT (dedupe_key) WHERE {_IS_ALIVE}
 """
 # Where nothing changes, nothing is written.
@@ -114,15 +138,20 @@ _CANCEL = f"""{_PUT} DO UPDATE SET again_at = NULL, headers = '{{"{CANCELLED}": 
 RETURNING id, status::text
 """
 _DELETE = f"DELETE FROM {_QUEUE} WHERE id = ANY($1::bigint[])"
-_END = f"{_DELETE} AND queue_manager_id = $2"
-_GIVE_BACK = f"""
-UPDATE {_QUEUE} SET again_at = least(again_at, now())
-WHERE id = ANY($1::bigint[]) AND queue_manager_id = $2
+# The statements below run on the one connection by which a process lives, so they wait for
+# nobody: a row that another transaction holds is passed over.
+_MINE = "id = ANY($1::bigint[]) AND queue_manager_id = $2"
+_FREE = f"free AS (SELECT id FROM {_QUEUE} WHERE {_MINE} FOR UPDATE SKIP LOCKED)"
+_END = f"""
+WITH {_FREE}, gone AS (DELETE FROM {_QUEUE} WHERE id IN (SELECT id FROM free))
+SELECT id FROM {_QUEUE} WHERE {_MINE} AND id NOT IN (SELECT id FROM free)
 """
+_GIVE_BACK = f"SELECT {SCHEMA}.give_back($1, $2)"
 _KEEP_ALIVE = f"""
-UPDATE {_QUEUE} SET heartbeat = now()
-WHERE id = ANY($1::bigint[]) AND queue_manager_id = $2
-RETURNING id, coalesce(headers ? '{CANCELLED}', false) AS is_cancelled
+WITH {_FREE},
+alive AS (UPDATE {_QUEUE} SET heartbeat = now() WHERE id IN (SELECT id FROM free))
+SELECT id, coalesce(headers ? '{CANCELLED}', false) AS is_cancelled
+FROM {_QUEUE} WHERE {_MINE}
 """
 
 
@@ -219,20 +248,38 @@ class JobQueue(Queries):
 
     def __init__(
         self,
-        driver: Driver,
+        link: Link,
         *,
         on_cancel: Callable[[int], None],
         on_loss: Callable[[int], None],
     ) -> None:
         super().__init__(
-            driver,
+            link,
             QueryBuilderEnvironment(_NAMES),
             QueryQueueBuilder(_NAMES),
             QuerySchedulerBuilder(_NAMES),
         )
         self.owner = QueueManagerId(uuid.uuid4())
+        self._link = link
         self._on_cancel = on_cancel
         self._on_loss = on_loss
+
+    async def dequeue(
+        self,
+        batch_size: int,
+        entrypoints: dict[QueueEntrypoint, EntrypointExecutionParameter],
+        queue_manager_id: QueueManagerId,
+        global_concurrency_limit: int | None,
+        heartbeat_timeout: timedelta,
+    ) -> list[QueuedJob]:
+        self._link.note_look()
+        return await super().dequeue(
+            batch_size,
+            entrypoints,
+            queue_manager_id,
+            global_concurrency_limit,
+            heartbeat_timeout,
+        )
 
     async def has_our_parts(self) -> bool:
         return await self.table_has_column(_NAMES.queue_table, "again_at")
@@ -244,7 +291,14 @@ class JobQueue(Queries):
         back = [job.id for job, status, _ in job_status if status == "canceled"]
         if back:
             await self.driver.execute(_GIVE_BACK, back, self.owner)
-        await self.driver.execute(_END, [job.id for job, _, _ in job_status], self.owner)
+        ended: list[object] = [job.id for job, status, _ in job_status if status != "canceled"]
+        for _ in range(_TRIES):
+            held = await self.driver.fetch(_END, ended, self.owner)
+            if not held:
+                return
+            ended = [row["id"] for row in held]
+            await asyncio.sleep(_TRY_AGAIN_S)
+        # Left to go stale, and to be done once more.
 
     async def update_heartbeat(self, job_ids: list[JobId]) -> None:
         rows = await self.driver.fetch(_KEEP_ALIVE, list(set(job_ids)), self.owner)
