@@ -1,7 +1,8 @@
 /* Faults on demand, for a process that is started with this library in LD_PRELOAD.
 
    FAULTS_DIR    files below it are concerned
-   FAULTS_EIO    while this file is there, reading, writing and syncing them fails with EIO
+   FAULTS_EIO    while this file is there, reading, writing and syncing them fails with EIO:
+                 every call, or as many in a hundred, by chance, as the file says
    FAULTS_CLOCK  a file that holds by how many seconds the wall clock is wrong
 
    Only the calls that Python, SQLite and Rust's standard library make are covered. */
@@ -12,28 +13,48 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <sys/time.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
+/* How many calls in a hundred are to fail; 0 if the file is not there. */
+static int chance(const char *flag) {
+    int percent = 100;
+    FILE *file = fopen(flag, "r");
+    if (!file) return 0;
+    if (fscanf(file, "%d", &percent) != 1) percent = 100;
+    fclose(file);
+    return percent;
+}
+
+static int is_unlucky(int percent) {
+    static __thread unsigned seed;
+    struct timespec now;
+    if (percent >= 100) return 1;
+    if (!seed) {
+        /* Not by our own clock_gettime, which reads files. */
+        timespec_get(&now, TIME_UTC);
+        seed = (unsigned)now.tv_nsec | 1;
+    }
+    return rand_r(&seed) % 100 < percent;
+}
+
 static int concerns(int fd) {
     static __thread int busy;
     const char *flag = getenv("FAULTS_EIO"), *folder = getenv("FAULTS_DIR");
     char link[64], path[4096];
-    struct stat seen;
     ssize_t length;
     if (busy || !flag || !folder) return 0;
     busy = 1;
-    int kept = errno, found = 0;
-    if (stat(flag, &seen) == 0) {
+    int kept = errno, found = 0, percent = chance(flag);
+    if (percent) {
         snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
         length = readlink(link, path, sizeof path - 1);
         if (length > 0) {
             path[length] = 0;
-            found = strncmp(path, folder, strlen(folder)) == 0;
+            found = strncmp(path, folder, strlen(folder)) == 0 && is_unlucky(percent);
         }
     }
     errno = kept;

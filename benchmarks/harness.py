@@ -116,16 +116,24 @@ def start_server(
     process = Process(popen, port)
     if not wait:
         return process
+    if not becomes_ready(process):
+        popen.kill()
+        log_text = (data_dir / "server.log").read_text()
+        raise SystemExit(f"The server did not start: {log_text}")
+    return process
+
+
+def becomes_ready(process: Process) -> bool:
+    """Wait until a server is ready; False if it ends before, or takes too long."""
     deadline = time.monotonic() + _PATIENCE_S
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
             get(f"{process.url}/readyz")
-            return process
-        if popen.poll() is not None:
+            return True
+        if process.popen.poll() is not None:
             break
         time.sleep(0.02)
-    popen.kill()
-    raise SystemExit(f"The server did not start: {(data_dir / 'server.log').read_text()}")
+    return False
 
 
 @contextlib.contextmanager

@@ -9,13 +9,16 @@ file of requirements names, and runs pinned to the same core as Penstock does, w
 at a time, against the same upstream, which answers at once from the other core. Its time begins
 after its imports and ends when its results are written. Penstock's time is that of the whole
 service, upload and download included; the median before and after the peers is taken. The slow
-ones get fewer lines, which is in their favour.
+ones get fewer lines, which is in their favour. AIBrix's time is that of its whole service too,
+from when it is ready, with a Redis server beside it.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -26,9 +29,16 @@ from benchmarks.throughput import service_s
 
 _HERE = Path(__file__).parent / "peer_runners"
 _TOOLS = Path(__file__).parent.parent / ".venv-tools"
-_LINES = {"aiohttp": 10_000, "openai": 2_000, "litellm": 2_000, "curator": 2_000, "ray": 5_000}
+_LINES = {
+    "aiohttp": 10_000,
+    "openai": 2_000,
+    "litellm": 2_000,
+    "curator": 2_000,
+    "ray": 5_000,
+    "aibrix": 5_000,
+}
 _OURS = 50_000
-_GOALS = {"aiohttp": 2.5, "openai": 20, "litellm": 40, "curator": 20, "ray": 20}
+_GOALS = {"aiohttp": 2.5, "openai": 20, "litellm": 40, "curator": 20, "ray": 20, "aibrix": 40}
 _ENVIRONMENT = {
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -36,9 +46,6 @@ _ENVIRONMENT = {
     "TELEMETRY_ENABLED": "false",
 }
 _PATIENCE_S = 300
-_NOT_RUN = {
-    "aibrix": "its batch service needs a Redis server, which no package index has as a wheel."
-}
 
 
 class Failed(Exception):
@@ -53,12 +60,14 @@ def install(name: str) -> Path:
     stamp = folder / "installed.txt"
     if stamp.exists() and stamp.read_text() == wanted:
         return python
-    uv = next(each for each in (_TOOLS / "bin" / "uv", shutil.which("uv")) if each)
+    uv = next((str(each) for each in sorted(_TOOLS.glob("uv-*/bin/uv"))), shutil.which("uv"))
+    if uv is None:
+        raise Failed("It could not be installed: there is no uv; `./dev bench peers` gets it.")
     shutil.rmtree(folder, ignore_errors=True)
     requirements = str(_HERE / f"requirements-{name}.txt")
     for command in (
-        [str(uv), "venv", "-q", "--python", sys.executable, str(folder)],
-        [str(uv), "pip", "install", "-q", "--python", str(python), "-r", requirements],
+        [uv, "venv", "-q", "--python", sys.executable, str(folder)],
+        [uv, "pip", "install", "-q", "--python", str(python), "-r", requirements],
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -80,17 +89,12 @@ def run(name: str, upstream: harness.Process, space: Path, lines: int) -> dict[s
         str(source),
         str(target),
     ]
-    done = subprocess.run(
-        ["taskset", "-c", str(min(harness.WORK_CORE)), *command],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=_PATIENCE_S,
-        env={**os.environ, **_ENVIRONMENT, **_tables(python), "HOME": str(space)},
-    )
-    report = next((x for x in done.stdout.splitlines() if x.startswith("REPORT ")), None)
+    command = ["taskset", "-c", str(min(harness.WORK_CORE)), *command]
+    environment = {**os.environ, **_ENVIRONMENT, **_tables(python), "HOME": str(space)}
+    code, output, errors = _run_with_all_it_starts(command, environment)
+    report = next((x for x in output.splitlines() if x.startswith("REPORT ")), None)
     if report is None:
-        raise Failed(f"It ended with {done.returncode}: {done.stderr[-500:]}")
+        raise Failed(f"It ended with {code}: {errors[-500:]}")
     found = json.loads(report.removeprefix("REPORT "))
     count, different = harness.count_results(target)
     if (count, different) != (lines, lines):
@@ -101,6 +105,27 @@ def run(name: str, upstream: harness.Process, space: Path, lines: int) -> dict[s
         "cpu_s_per_1000_lines": round(1000 * found["cpu_s"] / lines, 3),
         "peak_mb": round(found["peak_mb"], 1),
     }
+
+
+def _run_with_all_it_starts(
+    command: list[str], environment: dict[str, str]
+) -> tuple[int, str, str]:
+    """Its exit code, output and errors; nothing that it has started outlives it."""
+    popen = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        output, errors = popen.communicate(timeout=_PATIENCE_S)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(popen.pid, signal.SIGKILL)
+        popen.wait()
+    return popen.returncode, output, errors
 
 
 def _tables(python: Path) -> dict[str, str]:
@@ -124,20 +149,21 @@ def ours(upstream: harness.Process, space: Path, lines: int) -> tuple[float, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peers", default=",".join([*_LINES, *_NOT_RUN]))
+    parser.add_argument("--peers", default=",".join(_LINES))
     parser.add_argument("--lines", type=int, help="for each peer")
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
     names = ["aiohttp", "openai"] if options.smoke else options.peers.split(",")
+    if unknown := set(names) - set(_LINES):
+        parser.error(f"--peers knows {', '.join(_LINES)}, and not {', '.join(unknown)}.")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what was started as well
     our_lines = 2_000 if options.smoke else _OURS
     rows: dict[str, dict[str, object]] = {}
     with harness.workspace() as space, harness.upstream() as upstream:
         measured = [ours(upstream, space, our_lines)]
         for name in names:
-            lines = 500 if options.smoke else options.lines or _LINES.get(name, 0)
+            lines = 500 if options.smoke else options.lines or _LINES[name]
             try:
-                if name in _NOT_RUN:
-                    raise Failed(_NOT_RUN[name])
                 rows[name] = run(name, upstream, space, lines)
             except (Failed, subprocess.TimeoutExpired) as reason:
                 print(json.dumps({"peer": name, "not_run": str(reason)}), flush=True)

@@ -1,6 +1,7 @@
 """What is lost, doubled and sent again when things go wrong, and how soon the work goes on.
 
     python -m benchmarks.recovery                         20 kills
+    python -m benchmarks.recovery --smoke                 3 kills, half a minute
     python -m benchmarks.recovery --kills 200             about ten minutes
     python -m benchmarks.recovery --scenario eio          one of those below, or `all`
 
@@ -9,17 +10,22 @@ Two batches run, one created while the other is under way, and meanwhile:
     kills      SIGKILL at random moments, some of them before the server is ready again
     stops      SIGSTOP for three times as long as a lease
     disk       the disk with database and results is full (needs root)
+    disk-kill  SIGKILL while that disk is full, and a start before there is room (needs root)
     eio        reading, writing and syncing fail with EIO (needs a C compiler)
+    eio-some   so does a fifth of the calls, by chance (needs a C compiler)
     clock      the wall clock leaps, an hour forward and two back (needs a C compiler)
     upstream   cuts, stalls, wrong lengths, 10 MB replies, NULs, broken UTF-8, HTML, 4xx, 5xx
 
-The upstream counts every request it gets, by line. At the end every line is looked for in the
-result files. Sent again may be, for each kill, what was in flight plus one flush, which is
-256 KiB of replies; without a kill nothing but what failed, up to `max_attempts` times.
+The upstream counts every request it gets, by line, and names the line in its reply. At the end
+every line is looked for in the result files of its own batch, in the order of the input, with
+the reply that was given for it. Sent again may be, for each kill, what was in flight plus one
+flush, which is 256 KiB of replies; without a kill nothing but what failed, up to `max_attempts`
+times.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -29,7 +35,6 @@ import signal
 import statistics
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,11 +47,51 @@ _CONCURRENCY = 256
 _FLUSH_BYTES = 256 << 10
 _MAX_ATTEMPTS = 5
 _DISK_MB = 96
+_EIO_PERCENT = 20
+_FAULT_COUNT, _SMOKE_FAULT_COUNT = 8, 2
+_SMOKE_KILLS, _SMOKE_LINES = 3, 6_000
 _FAULTS = Path(__file__).parent / "faults.c"
 
 
 class Skipped(Exception):
     """This machine cannot do it."""
+
+
+@dataclass(slots=True)
+class Found:
+    """What the result files hold."""
+
+    lines: set[int] = field(default_factory=set[int])
+    results: int = 0
+    misplaced: int = 0
+    """Results that are another line's, of another batch, or not in the order of the input."""
+    reply_bytes: int = 0
+    is_true: bool = True
+    """Whether counts and usage are those of the files."""
+    statuses: set[str] = field(default_factory=set[str])
+
+    def read(self, path: Path, numbers: range) -> int:
+        """Take in a result file; the tokens it tells of.
+
+        Args:
+            numbers: The lines of its batch.
+        """
+        tokens, last = 0, -1
+        with path.open("rb") as file:
+            for text in file:
+                result = json.loads(text)
+                number = int(result["custom_id"].removeprefix("request-"))
+                body = (result["response"] or {}).get("body")
+                of_line = body.get("id") if isinstance(body, dict) else None
+                is_own = of_line in (None, f"chatcmpl-{number:09}")
+                if result["error"] is None and result["response"]["status_code"] == 200:
+                    is_own &= of_line is not None
+                    tokens += body["usage"]["total_tokens"]
+                self.misplaced += not (is_own and number in numbers and number > last)
+                last = number
+                self.results += 1
+                self.lines.add(number)
+        return tokens
 
 
 @dataclass(slots=True)
@@ -57,6 +102,7 @@ class Load:
     upstream: harness.Process
     lines: int
     chance: random.Random
+    faults: int = _FAULT_COUNT
     settings: dict[str, str] = field(
         default_factory=lambda: {"PENSTOCK_LIMITS__REQUESTS_PER_BATCH": "1000000"}
     )
@@ -78,6 +124,18 @@ class Load:
 
     def restart(self, *, wait: bool = True) -> None:
         self.server = self._start(wait=wait, port=self.server.port)
+
+    def revive(self) -> bool:
+        """Wait for a server that was started; start it again if it has ended.
+
+        Returns:
+            Whether it had.
+        """
+        if harness.becomes_ready(self.server):
+            return False
+        self.server.kill()
+        self.restart()
+        return True
 
     def create(self) -> None:
         """Upload half of the lines and create a batch."""
@@ -112,31 +170,27 @@ class Load:
         while len(self.batches) < 2:
             self.create_second_when_due()
             time.sleep(0.02)
-        ids: Counter[str] = Counter()
-        is_true, statuses, reply_bytes, replies = True, set[str](), 0, 0
-        for name in self.batches:
+        found = Found()
+        for place, name in enumerate(self.batches):
             batch = client.wait(name)
-            statuses.add(batch["status"])
+            found.statuses.add(batch["status"])
+            half = self.lines // 2
+            numbers = range(place * half, (place + 1) * half)
             tokens, counts = 0, {"output": 0, "error": 0}
             for kind in counts:
                 if (file_id := batch[f"{kind}_file_id"]) is None:
                     continue
                 target = self.space / f"{kind}.jsonl"
-                reply_bytes += client.download(file_id, target)
-                with target.open("rb") as file:
-                    for line in file:
-                        found = json.loads(line)
-                        ids[found["custom_id"]] += 1
-                        counts[kind] += 1
-                        if kind == "output":
-                            tokens += found["response"]["body"]["usage"]["total_tokens"]
-            replies += sum(counts.values())
-            is_true &= batch["request_counts"] == {
+                found.reply_bytes += client.download(file_id, target)
+                before = found.results
+                tokens += found.read(target, numbers)
+                counts[kind] = found.results - before
+            found.is_true &= batch["request_counts"] == {
                 "total": sum(counts.values()),
                 "completed": counts["output"],
                 "failed": counts["error"],
             }
-            is_true &= batch["usage"]["total_tokens"] == tokens
+            found.is_true &= batch["usage"]["total_tokens"] == tokens
         stats = harness.stats(self.upstream)
         metrics = harness.get(f"{self.server.url}/metrics").decode()
         free = re.search(r"^penstock_upstream_free_requests_total\{.*\} (\S+)", metrics, re.M)
@@ -144,15 +198,16 @@ class Load:
         self.server.popen.wait()
         return {
             "lines": self.lines,
-            "statuses": sorted(statuses),
-            "lost": self.lines - len(ids),
-            "doubled": sum(ids.values()) - len(ids),
-            "counts_equal_files": is_true,
+            "statuses": sorted(found.statuses),
+            "lost": self.lines - len(found.lines),
+            "doubled": found.results - len(found.lines),
+            "misplaced": found.misplaced,
+            "counts_equal_files": found.is_true,
             "sent_again": stats["again"],
             "most_attempts_at_a_line": stats["most"],
             "sent_beyond_max_attempts": stats["beyond_five"],
             "free_attempts": int(float(free[1])) if free else 0,
-            "flush_in_lines": _FLUSH_BYTES * replies // max(reply_bytes, 1),
+            "flush_in_lines": _FLUSH_BYTES * found.results // max(found.reply_bytes, 1),
         }
 
 
@@ -193,59 +248,105 @@ def kill(load: Load, times: int) -> dict[str, Any]:
 
 
 def hurt(
-    load: Load, times: int, begin: Callable[[], None], end: Callable[[], None], seconds: float
+    load: Load,
+    begin: Callable[[], None],
+    end: Callable[[], None],
+    seconds: float,
+    *,
+    kills: int = 0,
 ) -> dict[str, Any]:
-    """Let something begin and end a few times while the work goes on."""
+    """Let something begin and end a few times while the work goes on.
+
+    Args:
+        kills: How many of the times it kills the server, whose disk takes nothing then: what
+            the disk did not take is sent again, and what came until that was known.
+    """
     load.start()
-    per_fault = load.lines / (times + 3)
-    for _ in range(times):
+    per_fault = load.lines / (load.faults + 3)
+    amid_work = 0
+    for _ in range(load.faults):
         load.wait_for_requests(per_fault * load.chance.uniform(0.3, 1.0))
         begin()
+        amid_work += harness.stats(load.upstream)["lines"] < load.created_lines
         time.sleep(seconds)
         end()
         load.create_second_when_due()
     found = load.account()
-    del found["flush_in_lines"]
-    return {"faults": times, **found, "is_as_promised": found["sent_again"] == 0}
+    allowed = kills * (_CONCURRENCY + 2 * found.pop("flush_in_lines"))
+    return {
+        "faults": load.faults,
+        "amid_work": amid_work,
+        **found,
+        "allowed": allowed,
+        "is_as_promised": found["sent_again"] <= allowed,
+    }
 
 
 def stop(load: Load) -> dict[str, Any]:
     load.settings["PENSTOCK_WORKER__LEASE_S"] = "1"
     return hurt(
         load,
-        8,
         lambda: load.server.popen.send_signal(signal.SIGSTOP),
         lambda: load.server.popen.send_signal(signal.SIGCONT),
         3.0,
     )
 
 
-def fill_disk(load: Load) -> dict[str, Any]:
+@contextlib.contextmanager
+def small_disk(load: Load) -> Generator[Path]:
+    """Put the data directory on a disk of its own; a file there that can take all its room."""
     disk = load.space / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={_DISK_MB}m", "tmpfs", str(disk)]
     if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
         raise Skipped("Only root can mount a small disk.")
     load.data_dir = disk / "data"
-    ballast = disk / "ballast"
-
-    def fill() -> None:
-        with ballast.open("ab", buffering=0) as file, contextlib.suppress(OSError):
-            while file.write(bytes(4096)):
-                pass
-
     try:
-        return hurt(load, 8, fill, ballast.unlink, 2.0)
+        yield disk / "ballast"
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def fail_io(load: Load) -> dict[str, Any]:
+def fill(ballast: Path) -> None:
+    with ballast.open("ab", buffering=0) as file:
+        for size in (1 << 20, 1 << 12):
+            piece = bytes(size)
+            with contextlib.suppress(OSError):
+                while file.write(piece) == size:
+                    pass
+
+
+def fill_disk(load: Load) -> dict[str, Any]:
+    with small_disk(load) as ballast:
+        return hurt(load, lambda: fill(ballast), ballast.unlink, 2.0)
+
+
+def kill_on_full_disk(load: Load) -> dict[str, Any]:
+    ended = 0
+
+    def kill_and_make_room() -> None:
+        nonlocal ended
+        load.server.kill()
+        load.restart(wait=False)
+        time.sleep(load.chance.uniform(0.5, 5.0))
+        ballast.unlink()
+        ended += load.revive()
+
+    with small_disk(load) as ballast:
+        found = hurt(load, lambda: fill(ballast), kill_and_make_room, 1.0, kills=load.faults)
+    return {**found, "starts_that_ended": ended}
+
+
+def fail_io(load: Load, percent: int = 100) -> dict[str, Any]:
     load.settings |= _preload(load.space)
     flag = load.space / "eio"
     load.settings["FAULTS_DIR"] = str(load.space / "data")
     load.settings["FAULTS_EIO"] = str(flag)
-    return hurt(load, 8, flag.touch, flag.unlink, 2.0)
+    return hurt(load, lambda: flag.write_text(str(percent)), flag.unlink, 2.0)
+
+
+def fail_some_io(load: Load) -> dict[str, Any]:
+    return fail_io(load, _EIO_PERCENT)
 
 
 def leap(load: Load) -> dict[str, Any]:
@@ -253,12 +354,12 @@ def leap(load: Load) -> dict[str, Any]:
     clock = load.space / "clock"
     clock.write_text("0")
     load.settings["FAULTS_CLOCK"] = str(clock)
-    leaps = iter([3600, -7200, 0, -60, 86_000, 0, 7200, -3600])
+    leaps = itertools.cycle([3600, -7200, 0, -60, 86_000, 0, 7200, -3600])
 
     def set_wrong() -> None:
         clock.write_text(str(next(leaps)))
 
-    return hurt(load, 8, set_wrong, lambda: None, 0.5)
+    return hurt(load, set_wrong, lambda: None, 0.5)
 
 
 def _preload(space: Path) -> dict[str, str]:
@@ -291,20 +392,22 @@ def bear_upstream(load: Load) -> dict[str, Any]:
 _SCENARIOS: dict[str, Callable[[Load], dict[str, Any]]] = {
     "stops": stop,
     "disk": fill_disk,
+    "disk-kill": kill_on_full_disk,
     "eio": fail_io,
+    "eio-some": fail_some_io,
     "clock": leap,
     "upstream": bear_upstream,
 }
 
 
 @contextlib.contextmanager
-def prepared(name: str, lines: int, seed: int) -> Generator[Load]:
+def prepared(name: str, lines: int, faults: int, seed: int) -> Generator[Load]:
     wild = seed if name == "upstream" else None
     with (
         harness.workspace() as space,
         harness.upstream(_LATENCY_MS, wild=wild) as upstream,
     ):
-        load = Load(space, upstream, lines, random.Random(seed))
+        load = Load(space, upstream, lines, random.Random(seed), faults)
         try:
             yield load
         finally:
@@ -312,11 +415,11 @@ def prepared(name: str, lines: int, seed: int) -> Generator[Load]:
                 load.server.kill()
 
 
-def run(name: str, *, kills: int, lines: int, seed: int) -> bool:
+def run(name: str, *, kills: int, faults: int, lines: int, seed: int) -> bool:
     """Run a scenario and print its row; whether all promises were kept."""
     row: dict[str, Any] = {"scenario": name, "seed": seed}
     try:
-        with prepared(name, lines, seed) as load:
+        with prepared(name, lines, faults, seed) as load:
             row |= kill(load, kills) if name == "kills" else _SCENARIOS[name](load)
     except Skipped as reason:
         print(json.dumps({**row, "skipped": str(reason)}), flush=True)
@@ -325,6 +428,7 @@ def run(name: str, *, kills: int, lines: int, seed: int) -> bool:
     return (
         not row["lost"]
         and not row["doubled"]
+        and not row["misplaced"]
         and row["counts_equal_files"]
         and row["is_as_promised"]
         and row["statuses"] == ["completed"]
@@ -334,15 +438,19 @@ def run(name: str, *, kills: int, lines: int, seed: int) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenario", choices=["kills", *_SCENARIOS, "all"], default="kills")
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int)
     parser.add_argument("--lines", type=int, help="2,000 for each kill, else 20,000")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(2)))
+    parser.add_argument("--smoke", action="store_true", help="few kills or faults, few lines")
     options = parser.parse_args()
+    kills = options.kills or (_SMOKE_KILLS if options.smoke else 20)
+    faults = _SMOKE_FAULT_COUNT if options.smoke else _FAULT_COUNT
     names = ["kills", *_SCENARIOS] if options.scenario == "all" else [options.scenario]
     kept: list[bool] = []
     for name in names:
-        lines = options.lines or (2_000 * options.kills if name == "kills" else 20_000)
-        kept.append(run(name, kills=options.kills, lines=lines, seed=options.seed))
+        usual = _SMOKE_LINES if options.smoke else 2_000 * kills if name == "kills" else 20_000
+        lines = options.lines or usual
+        kept.append(run(name, kills=kills, faults=faults, lines=lines, seed=options.seed))
     if not all(kept):
         raise SystemExit("A promise was broken.")
 

@@ -1,7 +1,8 @@
 """An upstream that does as little as can be, so that it is never what is measured.
 
 It answers every POST with the same completion, at once or after a latency, and counts which
-lines it saw: a line names itself by `line-<number> ` in its body. `GET /stats` tells.
+lines it saw: a line names itself by `line-<number> ` in its body. `GET /stats` tells. The ID of
+the completion names the line in turn, so that a reply kept for another line is found.
 
     python -m benchmarks.upstream --port 9000 --latency-ms 0
     python -m benchmarks.upstream --wild 1     misbehaves half of the time, by chance
@@ -17,9 +18,11 @@ import time
 _LINE = re.compile(rb"line-([0-9]+) ")
 _LENGTH = re.compile(rb"content-length: *([0-9]+)", re.IGNORECASE)
 
+_ID = b"chatcmpl-%09d"
+_NO_LINE = _ID % 0
 _BODY = json.dumps(
     {
-        "id": "chatcmpl-0",
+        "id": _NO_LINE.decode(),
         "object": "chat.completion",
         "created": 1750000000,
         "model": "sim",
@@ -52,7 +55,14 @@ def _whole(body: bytes, status: bytes = b"200 OK") -> bytes:
     return _with_length(len(body), body, status)
 
 
-_LONG = json.dumps({"choices": [], "text": "x" * 10_000_000, "usage": {"total_tokens": 1}})
+_LONG = json.dumps(
+    {
+        "id": _NO_LINE.decode(),
+        "choices": [],
+        "text": "x" * 10_000_000,
+        "usage": {"total_tokens": 1},
+    }
+)
 _CUT, _STALL = b"cut", b"stall"
 _WILD: tuple[tuple[int, bytes, bytes | None], ...] = (
     (50, _ANSWER, None),
@@ -76,6 +86,10 @@ _WILD: tuple[tuple[int, bytes, bytes | None], ...] = (
     (2, _whole(b'{"error":{"message":"slow down"}}', b"429 Slow"), None),
 )
 """How often out of a hundred it says what, and what it does then."""
+
+
+def _naming(line: int, answer: bytes) -> bytes:
+    return answer.replace(_NO_LINE, _ID % line, 1)
 
 
 class Counts:
@@ -160,24 +174,25 @@ class Upstream(asyncio.Protocol):
             counts.round_at = now
         counts.last_at = now
         counts.first_at = counts.first_at or counts.last_at
+        line = 0
         if match := _LINE.search(request):
             line = int(match[1])
             counts.seen[line] = counts.seen.get(line, 0) + 1
         if self._latency_s:
             counts.in_flight += 1
             counts.max_in_flight = max(counts.max_in_flight, counts.in_flight)
-            asyncio.get_running_loop().call_later(self._latency_s, self._answer_late)
+            asyncio.get_running_loop().call_later(self._latency_s, self._answer_late, line)
         else:
-            self._write(_ANSWER)
+            self._write(_naming(line, _ANSWER))
 
-    def _answer_late(self) -> None:
+    def _answer_late(self, line: int) -> None:
         self._counts.in_flight -= 1
         if self._chance is None:
-            self._write(_ANSWER)
+            self._write(_naming(line, _ANSWER))
             return
         weights = [weight for weight, _, _ in _WILD]
         _, answer, then = self._chance.choices(_WILD, weights)[0]
-        self._write(answer)
+        self._write(_naming(line, answer))
         if then is _CUT and self._transport is not None:
             self._transport.close()
 

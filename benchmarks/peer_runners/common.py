@@ -1,6 +1,7 @@
 """What the runners share: the input, the clock and the report. Standard library only."""
 
 import json
+import os
 import resource
 import sys
 import time
@@ -33,16 +34,55 @@ class Run:
                 file.write(json.dumps(result) + "\n")
         self.report()
 
-    def report(self) -> None:
-        """Say how long it took, once the results are written."""
+    def report(self, *, cpu_s: float | None = None, peak_mb: float | None = None) -> None:
+        """Say how long it took, once the results are written.
+
+        Args:
+            cpu_s: Processor time, where processes did the work that this one does not wait for.
+            peak_mb: Their peak memory.
+        """
         seconds = time.perf_counter() - self._began
         who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
         report = {
             "seconds": seconds,
-            "cpu_s": _cpu_s() - self._began_cpu_s,
-            "peak_mb": max(resource.getrusage(each).ru_maxrss for each in who) / 1024,
+            "cpu_s": _cpu_s() - self._began_cpu_s if cpu_s is None else cpu_s,
+            "peak_mb": peak_mb
+            or max(resource.getrusage(each).ru_maxrss for each in who) / 1024,
         }
         print("REPORT " + json.dumps(report), flush=True)
+
+
+def cpu_s_of(process: int) -> float:
+    """Processor time so far of a process and all below it, those that ended included."""
+    ticks = 0
+    for each in _family(process):
+        fields = _stat(each)
+        ticks += sum(int(field) for field in fields[11:15])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def peak_mb_of(process: int) -> float:
+    """Peak memory of a process and all below it, in MiB."""
+    peaks_kb = 0
+    for each in _family(process):
+        text = Path(f"/proc/{each}/status").read_text()
+        line = next(line for line in text.splitlines() if line.startswith("VmHWM"))
+        peaks_kb += int(line.split()[1])
+    return peaks_kb / 1024
+
+
+def _family(process: int) -> list[int]:
+    """A process and all below it."""
+    found = [process]
+    for each in found:
+        for thread in Path(f"/proc/{each}/task").iterdir():
+            found += map(int, (thread / "children").read_text().split())
+    return found
+
+
+def _stat(process: int) -> list[str]:
+    """The fields of `/proc/PID/stat` from the state on."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
 
 
 def _cpu_s() -> float:
