@@ -1,6 +1,7 @@
-"""Write the published descriptions of the API: `python -m tests.schemas`.
+"""Write the published descriptions: `python -m tests.schemas`.
 
-They are what a running server tells, so that clients can be made without one.
+Those of the API are what a running server tells, so that clients can be made without one. That
+of the chart's values is made from the settings.
 """
 
 import json
@@ -9,8 +10,11 @@ from pathlib import Path
 
 from penstock.api.lines import LINE_SCHEMAS
 from penstock.api.routes import describe
+from tests.deploy.values_schema import values_schema
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+VALUES = ROOT / "deploy" / "helm" / "penstock" / "values.schema.json"
 
 
 def published() -> dict[Path, str]:
@@ -21,7 +25,9 @@ def published() -> dict[Path, str]:
     }
     return {
         path: json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        for path, value in ({DOCS / "openapi.json": describe()} | files).items()
+        for path, value in (
+            {DOCS / "openapi.json": describe(), VALUES: values_schema()} | files
+        ).items()
     }
 
 
@@ -33,7 +39,7 @@ def main() -> None:
     for path, text in published().items():
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
-        print(f"docs/{path.relative_to(DOCS)}")
+        print(path.relative_to(ROOT))
 
 
 if __name__ == "__main__":

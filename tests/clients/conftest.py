@@ -154,7 +154,7 @@ def run_flow(penstock: Penstock, inputs: Path) -> RunFlow:
 
 
 def give_up(error: Unavailable) -> NoReturn:
-    """CI has to run every client; elsewhere one that cannot be had is passed over."""
+    """CI has to have everything; elsewhere what cannot be had is passed over."""
     if os.environ.get("CI", "").lower() in ("1", "true"):
         pytest.fail(str(error), pytrace=False)
     pytest.skip(str(error))

@@ -35,8 +35,8 @@ def old_python(requirements: str) -> tuple[list[str], dict[str, str]]:
         Unavailable: The packages could not be installed.
     """
     source = HERE / requirements
-    key = f"{sys.version}\n{_digest(source)}"
-    folder = _prepare(source.stem, key, lambda new: _pip_install(source, new))
+    key = f"{sys.version}\n{digest(source)}"
+    folder = prepare(source.stem, key, lambda new: pip_install(source, new))
     return [str(_BASE_PYTHON), "-s", "-S"], {"PYTHONPATH": str(folder)}
 
 
@@ -48,7 +48,7 @@ def node() -> tuple[list[str], Path]:
     """
     program, npm = _find_node()
     sources = [HERE / "package.json", HERE / "package-lock.json"]
-    key = _digest(*sources)
+    key = digest(*sources)
 
     def install(new: Path) -> None:
         for source in sources:
@@ -57,7 +57,7 @@ def node() -> tuple[list[str], Path]:
         quiet = ["--no-audit", "--no-fund", "--no-update-notifier"]
         _install([program, npm, "ci", "--ignore-scripts", *quick, *quiet], cwd=new)
 
-    return [program], _prepare("node", key, install) / "node_modules"
+    return [program], prepare("node", key, install) / "node_modules"
 
 
 def _find_node() -> tuple[str, str]:
@@ -72,7 +72,12 @@ def _find_node() -> tuple[str, str]:
     return str(program), str(npm)
 
 
-def _pip_install(requirements: Path, target: Path) -> None:
+def pip_install(requirements: Path, target: Path) -> None:
+    """Install into a folder, without dependencies.
+
+    Raises:
+        Unavailable: The packages could not be installed.
+    """
     what = ["--no-deps", "--only-binary", ":all:", "--target", str(target)]
     what += ["-r", str(requirements)]
     pip = [str(_BASE_PYTHON), "-m", "pip"]
@@ -85,8 +90,12 @@ def _pip_install(requirements: Path, target: Path) -> None:
         raise Unavailable(f"{_BASE_PYTHON} has no pip, and there is no uv.")
 
 
-def _prepare(name: str, key: str, install: Callable[[Path], None]) -> Path:
-    """The folder `name`, filled by `install` unless it was filled under the same `key`."""
+def prepare(name: str, key: str, install: Callable[[Path], None]) -> Path:
+    """The folder `name`, filled by `install` unless it was filled under the same `key`.
+
+    Raises:
+        Unavailable: It could not be made or filled.
+    """
     folder = TOOLS / "clients" / name
     stamp = folder / ".stamp"
     try:
@@ -139,8 +148,9 @@ def _install(command: list[str], *, cwd: Path | None = None) -> None:
         said = done.stdout.strip().splitlines()
         errors = [line for line in said if "error" in line.lower()] or said
         why = "\n".join(errors[:5])
-        raise Unavailable(f"{Path(command[0]).name} could not install the client:\n{why}")
+        raise Unavailable(f"{Path(command[0]).name} could not install it:\n{why}")
 
 
-def _digest(*paths: Path) -> str:
+def digest(*paths: Path) -> str:
+    """What the files hold, as a short text."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
