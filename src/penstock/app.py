@@ -62,6 +62,8 @@ _DELIVERIES = DeliveryPolicy()
 _CIRCUITS = CircuitPolicy()
 _FILE_LIFE_S = 30 * 86400
 """How long input and result files are kept, as OpenAI keeps them."""
+_COUNT_S = 5.0
+"""How often the lines that wait are counted."""
 _CLOCK_S = 10.0
 """How often the database is asked for its time."""
 _DRAIN_S = 5.0
@@ -133,6 +135,9 @@ async def open_app(
         if works:
             work = _work(settings, ground, targets, deliveries, circuits)
             await stack.enter_async_context(work)
+        if serves:
+            counting = asyncio.create_task(_count_pending(store, ground.metrics))
+            stack.callback(counting.cancel)
         limits = _service_limits(settings)
         yield App(
             service=Service(
@@ -176,6 +181,14 @@ async def _open_ground(settings: Settings, stack: contextlib.AsyncExitStack) -> 
     routes = _make_routes(settings)
     stack.push_async_callback(routes.close)
     return _Ground(engine, store, blobs, segments, routes, health, Metrics(health))
+
+
+async def _count_pending(store: SqlStore, metrics: Metrics) -> None:
+    """Keep count of the lines that wait, for `/metrics`, until cancelled."""
+    while True:
+        with contextlib.suppress(StorageUnavailable):
+            metrics.pending_lines = await store.count_pending_lines(now=int(clock.now()))
+        await asyncio.sleep(_COUNT_S)
 
 
 def open_storage(settings: Settings) -> FolderBlobs | ObjectBlobs:

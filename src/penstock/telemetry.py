@@ -175,6 +175,8 @@ class Metrics:
         self._upstreams: dict[str, UpstreamStats] = {}
         self._measure_lanes: Callable[[], Mapping[str, LaneGauges]] = dict
         self._count_slices: Callable[[], int] = int
+        self.pending_lines: int | None = None
+        """Lines of all batches that lack their result; None where nobody counts them."""
         self._registry = CollectorRegistry(auto_describe=False)
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
@@ -227,6 +229,12 @@ class Metrics:
         yield GaugeMetricFamily(
             "penstock_slices_held", "Slices that are worked on now.", self._count_slices()
         )
+        if self.pending_lines is not None:
+            yield GaugeMetricFamily(
+                "penstock_pending_lines",
+                "Lines of all batches that lack their result, in the whole cluster.",
+                self.pending_lines,
+            )
         yield HistogramMetricFamily(
             "penstock_flush_duration_seconds",
             "How long it took to make a group of results durable.",

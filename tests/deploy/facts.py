@@ -13,10 +13,6 @@ ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 CHART = DEPLOY / "helm" / "penstock"
 
-ABOUT_TO_EXIST = frozenset({"database_url", "storage_url", "worker.health_port"})
-"""Settings that the other parts of the cluster bring. To be emptied with the last of them."""
-METRICS_ABOUT_TO_EXIST = frozenset({"penstock_pending_lines"})
-"""As above."""
 BESIDE_THE_TREE = frozenset({"PENSTOCK_CONFIG"})
 FOREIGN = re.compile(r"(AWS|S3|GOOGLE|AZURE)_[A-Z_]+|POSTGRES_PASSWORD|UPSTREAM_API_KEY")
 """Variables that storage clients, other servers or `{ env = ... }` read."""
@@ -30,14 +26,13 @@ def is_setting(variable: str) -> bool:
     if variable in BESIDE_THE_TREE:
         return True
     known = {entry.variable for entry in list_settings()}
-    known |= {f"PENSTOCK_{name.upper().replace('.', '__')}" for name in ABOUT_TO_EXIST}
     return re.sub(r"__\d+__", "__N__", variable) in known
 
 
 def is_metric(name: str) -> bool:
     """Whether the program tells a metric under this very name."""
     declared = re.findall(r'"(penstock_\w+)"', inspect.getsource(telemetry))
-    return name in {*declared, *METRICS_ABOUT_TO_EXIST}
+    return name in declared
 
 
 def longest_end_s(grace_s: float) -> float:

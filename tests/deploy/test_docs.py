@@ -7,7 +7,6 @@ import pytest
 
 from penstock.settings import Settings, list_settings
 from tests.deploy.facts import (
-    ABOUT_TO_EXIST,
     CHART,
     HEALTH_PATHS,
     ROOT,
@@ -42,7 +41,7 @@ def test_a_process_has_time_to_end_as_the_examples_start_it() -> None:
 
 
 def test_variables_metrics_and_routes_are_real() -> None:
-    settings = {entry.name for entry in list_settings()} | ABOUT_TO_EXIST
+    settings = {entry.name for entry in list_settings()}
     metrics = re.findall(r"\b(penstock_\w+?)(?:_total)?\b(?!\w)", TEXT)
 
     assert metrics

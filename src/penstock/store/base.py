@@ -527,6 +527,10 @@ class Store(Protocol):
         """How many slices of a batch stand where."""
         ...
 
+    async def count_pending_lines(self, *, now: int) -> int:
+        """How many lines lack their result, of all batches whose lines are run."""
+        ...
+
     async def claim_slices(
         self, ids: Sequence[SliceId], *, worker_id: str, lease_s: float, now: float
     ) -> list[ClaimedSlice]:

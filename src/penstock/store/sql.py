@@ -350,6 +350,9 @@ class SqlStore(UploadStore, WebhookStore, SegmentStore, WorkerStore, BudgetStore
         rows = await self._read(_TALLY_SLICES, {"batch_id": batch_id})
         return SliceTally(**{row["status"]: row["slices"] for row in rows})
 
+    async def count_pending_lines(self, *, now: int) -> int:
+        return (await self._read(_COUNT_PENDING, {"now": now}))[0]["lines"]
+
     async def claim_slices(
         self, ids: Sequence[SliceId], *, worker_id: str, lease_s: float, now: float
     ) -> list[ClaimedSlice]:
@@ -528,6 +531,20 @@ _LIST_BACKLOG = (
         _has_slices(SliceStatus.PENDING),
     )
     .order_by(batches.c.expires_at, batches.c.seq)
+)
+
+_COUNT_PENDING = (
+    select(
+        func.coalesce(
+            func.sum(slices.c.requests - slices.c.completed - slices.c.failed), 0
+        ).label("lines")
+    )
+    .join(batches)
+    .where(
+        batches.c.status.in_(_CLAIMABLE),
+        batches.c.expires_at > bindparam("now"),
+        slices.c.status != SliceStatus.ENDED,
+    )
 )
 
 _SLICE_COLUMNS = [slices.c[name] for name in (*SLICE_FIELDS, *TOKENS)]

@@ -64,6 +64,20 @@ class SliceContract:
         )
         assert await store.tally_slices(BatchId("batch-9")) == SliceTally()
 
+    async def test_lines_without_a_result_are_counted_over_all_batches(
+        self, store: Store
+    ) -> None:
+        assert await store.count_pending_lines(now=NOON) == 0
+        whole = (await start(store, 3, "batch-1")).counts.total
+        other = (await start(store, 3, "batch-2", project="blue")).counts.total
+        claims = await claim(store, ids_of(0, 1))
+        lines = claims[0].slice.requests
+
+        await report(store, ended(claims[0]))
+
+        assert await store.count_pending_lines(now=NOON) == whole + other - lines
+        assert await store.count_pending_lines(now=CLOSE) == 0
+
     async def test_the_backlog_names_batches_with_pending_slices(self, store: Store) -> None:
         await store.ensure_project("blue", weight=4)
         await start(store, name="batch-1")
