@@ -36,7 +36,6 @@ SETTINGS = {
     "shared_buffers": "64MB",
     # What a test writes need not survive the machine, only the server.
     "fsync": "off",
-    "synchronous_commit": "off",
     "full_page_writes": "off",
     "lc_messages": "C",
 }
