@@ -36,7 +36,6 @@ SETTINGS = {
     "shared_buffers": "64MB",
     # What a test writes need not survive the machine, only the server.
     "fsync": "off",
-    "synchronous_commit": "off",
     "full_page_writes": "off",
     "lc_messages": "C",
 }
@@ -260,7 +259,8 @@ def postgres_url(postgres: Database) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def _migrated(postgres: Database) -> Iterator[str]:
+def migrated_template(postgres: Database) -> Iterator[str]:
+    """The name of a database with the store's tables, for `make_database`."""
     from penstock.store.sql import SqlStore
 
     url = postgres.make_database()
@@ -276,9 +276,9 @@ def _migrated(postgres: Database) -> Iterator[str]:
 
 
 @pytest.fixture
-def migrated_url(postgres: Database, _migrated: str) -> Iterator[str]:
+def migrated_url(postgres: Database, migrated_template: str) -> Iterator[str]:
     """A database with the store's tables, all of them empty."""
-    url = postgres.make_database(template=_migrated)
+    url = postgres.make_database(template=migrated_template)
     yield url
     postgres.drop_database(url)
 

@@ -49,7 +49,15 @@ class Slices(RuleBasedStateMachine):
         self.jobs = RecordedJobs()
         self.known = [Known() for _ in range(SLICES)]
         self.is_cancelling = False
-        self.store = SqlStore(store_url(self.folder), jobs=self.jobs)
+        self.url = self.make_database()
+        self.store = SqlStore(self.url, jobs=self.jobs)
+
+    def make_database(self) -> str:
+        """The URL of an empty one."""
+        return store_url(self.folder)
+
+    def drop_database(self) -> None:
+        """It goes with the folder."""
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(work)
@@ -147,6 +155,17 @@ class Slices(RuleBasedStateMachine):
             if ends is not None:
                 known.status = SliceStatus.ENDED if ends else SliceStatus.PENDING
 
+    @rule()
+    def release(self) -> None:
+        late = [
+            known
+            for known in self.known
+            if known.status is SliceStatus.RUNNING and known.lease_until <= self.now
+        ]
+        assert self.run(self.store.release_slices(now=self.now)) == len(late)
+        for known in late:
+            known.status = SliceStatus.PENDING
+
     @rule(index=indexes)
     def reopen(self, index: int) -> None:
         self.run(self.store.reopen_slices([self.name(index)]))
@@ -156,7 +175,7 @@ class Slices(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         self.run(self.store.close())
-        self.store = SqlStore(store_url(self.folder), jobs=self.jobs)
+        self.store = SqlStore(self.url, jobs=self.jobs)
         self.run(self.store.open())
         self.run(self.store.recover_slices())
         for known in self.known:
@@ -200,6 +219,7 @@ class Slices(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.run(self.store.close())
         self.loop.close()
+        self.drop_database()
         shutil.rmtree(self.folder)
 
 
