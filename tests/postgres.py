@@ -36,7 +36,6 @@ SETTINGS = {
     "shared_buffers": "64MB",
     # What a test writes need not survive the machine, only the server.
     "fsync": "off",
-    "synchronous_commit": "off",
     "full_page_writes": "off",
     "lc_messages": "C",
 }
@@ -255,6 +254,31 @@ def postgres() -> Iterator[Database]:
 def postgres_url(postgres: Database) -> Iterator[str]:
     """An empty database."""
     url = postgres.make_database()
+    yield url
+    postgres.drop_database(url)
+
+
+@pytest.fixture(scope="session")
+def migrated_template(postgres: Database) -> Iterator[str]:
+    """The name of a database with the store's tables, for `make_database`."""
+    from penstock.store.sql import SqlStore
+
+    url = postgres.make_database()
+
+    async def migrate() -> None:
+        store = SqlStore(url)
+        await store.migrate()
+        await store.close()
+
+    _run_beside(migrate())
+    yield urlsplit(url).path.lstrip("/")
+    postgres.drop_database(url)
+
+
+@pytest.fixture
+def migrated_url(postgres: Database, migrated_template: str) -> Iterator[str]:
+    """A database with the store's tables, all of them empty."""
+    url = postgres.make_database(template=migrated_template)
     yield url
     postgres.drop_database(url)
 
