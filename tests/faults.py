@@ -30,6 +30,7 @@ RULES = "tests/unit/test_lifecycle_rules.py"
 GROUP = "tests/unit/test_group.py"
 BLOBS = "tests/unit/test_blobs.py"
 ENGINE = "tests/unit/test_engine.py"
+SHARED_ENGINE = "tests/integration/test_engine_postgres.py"
 RUNNING = "tests/integration/test_running.py"
 WEBHOOKS = "tests/integration/test_webhooks.py"
 WEBHOOK_HTTP = "tests/unit/test_webhook_http.py"
@@ -554,6 +555,118 @@ FAULTS = [
         "            if (waiting",
         ENGINE,
         "cancel",
+    ),
+    Fault(
+        "shared engine: what comes during a job is forgotten",
+        "engine/postgres_queue.py",
+        "again_at = CASE job.status WHEN 'picked' THEN excluded.execute_after END\n",
+        "again_at = job.again_at\n",
+        SHARED_ENGINE,
+        "again_after_it",
+    ),
+    Fault(
+        "shared engine: a job that waits does not become due sooner",
+        "engine/postgres_queue.py",
+        "WHEN 'queued' THEN excluded.execute_after ELSE job.execute_after END",
+        "WHEN 'queued' THEN job.execute_after ELSE job.execute_after END",
+        SHARED_ENGINE,
+        "first_of_two",
+    ),
+    Fault(
+        "shared engine: who wakes up ends a job of another",
+        "engine/postgres_queue.py",
+        '_MINE = "id = ANY($1::bigint[]) AND queue_manager_id = $2"',
+        '_MINE = "id = ANY($1::bigint[]) AND $2::uuid IS NOT NULL"',
+        SHARED_ENGINE,
+        "wakes_up",
+    ),
+    Fault(
+        "shared engine: jobs are enqueued beside the transaction",
+        "engine/postgres.py",
+        "await put_jobs(_in_transaction(connection), shared)",
+        "await self._with_connection(lambda own: put_jobs(own, shared))",
+        SHARED_ENGINE,
+        "rolled_back",
+    ),
+    Fault(
+        "shared engine: a cancel is not heard",
+        "engine/postgres.py",
+        "            self._tell(row)\n            self._cancelled.append(row)\n",
+        "            self._cancelled.append(row)\n",
+        SHARED_ENGINE,
+        "another_does",
+    ),
+    Fault(
+        "shared engine: a cancel that was not heard is forgotten",
+        "engine/postgres_queue.py",
+        "                self._on_cancel(job_id)\n",
+        "                pass\n",
+        SHARED_ENGINE,
+        "nobody_heard",
+    ),
+    Fault(
+        "shared engine: a cancelled job comes again after a death",
+        "engine/postgres_queue.py",
+        "DO UPDATE SET again_at = NULL, headers = '{{\"{CANCELLED}\": true}}'\n",
+        "DO UPDATE SET again_at = NULL\n",
+        SHARED_ENGINE,
+        "dies_with",
+    ),
+    Fault(
+        "shared engine: a cancel of slices stays where it was made",
+        "engine/postgres.py",
+        "if notice.local and notice.by != str(self._queue.owner):",
+        "if False:",
+        SHARED_ENGINE,
+        "every_process",
+    ),
+    Fault(
+        "shared engine: it ends with the server",
+        "engine/postgres_link.py",
+        "                    self._lose(connection, error)\n",
+        "                    raise\n",
+        SHARED_ENGINE,
+        "cut_off_and_is_back",
+    ),
+    Fault(
+        "shared engine: what was not begun is lost when it stops",
+        "engine/postgres.py",
+        "            context.cancellation.cancel()  # it goes back to the queue\n",
+        "",
+        SHARED_ENGINE,
+        "one_that_stops",
+    ),
+    Fault(
+        "shared engine: what was cut off is lost",
+        "engine/postgres_queue.py",
+        "        if back:\n",
+        "        if not back:\n",
+        SHARED_ENGINE,
+        "engine_is_cancelled",
+    ),
+    Fault(
+        "shared engine: a held row holds up a process",
+        "engine/postgres_queue.py",
+        'WHERE {_MINE} FOR UPDATE SKIP LOCKED)"\n',
+        'WHERE {_MINE} FOR UPDATE)"\n',
+        SHARED_ENGINE,
+        "holds_up_nothing",
+    ),
+    Fault(
+        "shared engine: jobs that have ended are logged",
+        "engine/postgres_queue.py",
+        "BEFORE INSERT ON {SCHEMA}.pgqueuer_log",
+        "BEFORE DELETE ON {SCHEMA}.pgqueuer_log",
+        SHARED_ENGINE,
+        "twenty_thousand",
+    ),
+    Fault(
+        "shared engine: two hosts make the schema at once",
+        "engine/postgres_queue.py",
+        '        await connection.execute("SELECT pg_advisory_xact_lock($1)", _LOCK)\n',
+        "",
+        SHARED_ENGINE,
+        "two_at_once",
     ),
     # Upstreams
     Fault(

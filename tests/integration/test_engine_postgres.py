@@ -31,6 +31,7 @@ from tests.postgres import PostgresServer
 
 SLICES = [Job(kind=JobKind.SLICE, id=f"batch-1:{n}") for n in range(3)]
 SLOW = Job(kind=JobKind.VALIDATE, id="slow")
+WARM = [Job(kind=JobKind.VALIDATE, id=f"warm-{n}") for n in range(50)]
 AWAY = "The database does not answer; jobs wait until it does."
 BACK = "The database answers again."
 
@@ -62,6 +63,14 @@ async def count_rows(url: str, table: str = "pgqueuer") -> int:
 async def until_empty(url: str) -> None:
     async with asyncio.timeout(TIMEOUT_S):
         while await count_rows(url):
+            await asyncio.sleep(0.05)
+
+
+async def warm_up(engine: PostgresEngine, processes: Sequence[EngineProcess]) -> None:
+    """Wait until each of them does jobs."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while not all(each.said for each in processes):
+            await engine.enqueue(WARM)
             await asyncio.sleep(0.05)
 
 
@@ -456,10 +465,7 @@ async def test_many_jobs_survive_kills_and_restarts_and_none_is_done_twice_at_on
         engine_process(url, heartbeat_timeout_s=3) as third,
     ):
         processes = (first, second, third)
-        async with asyncio.timeout(TIMEOUT_S):
-            while not all(each.said for each in processes):
-                await engine.enqueue(MANY)
-                await asyncio.sleep(0.05)
+        await warm_up(engine, processes)
         for start in range(0, len(jobs), 100):
             await enqueue_at_last(engine, jobs[start : start + 100])
             if start == 500:
@@ -473,7 +479,6 @@ async def test_many_jobs_survive_kills_and_restarts_and_none_is_done_twice_at_on
         assert await first.stop() == 0
         assert await second.stop() == 0
 
-    assert set(third.jobs("begun")) & wanted
     assert overlaps((first, second)) == []
     for each in (first, second):
         events = [json.loads(line)["event"] for line in each.errors.splitlines()]
@@ -484,8 +489,9 @@ async def test_twenty_thousand_jobs_are_done_by_two_processes_none_twice_at_once
     url: str, engine: PostgresEngine
 ) -> None:
     jobs = [Job(kind=JobKind.VALIDATE, id=f"batch-{n}") for n in range(20_000)]
-    await engine.enqueue(jobs)
     async with engine_process(url) as first, engine_process(url) as second:
+        await warm_up(engine, (first, second))
+        await engine.enqueue(jobs)
         await until(lambda: len(first.said) + len(second.said) > 10_000)
         await engine.enqueue(jobs)  # some wait, some are being done, some were done
         wanted = {job.id for job in jobs}
@@ -496,6 +502,8 @@ async def test_twenty_thousand_jobs_are_done_by_two_processes_none_twice_at_once
 
     assert overlaps((first, second)) == []
     begun = Counter([*first.jobs("begun"), *second.jobs("begun")])
+    for job in WARM:
+        del begun[job.id]
     assert set(begun) == wanted
     assert set(begun.values()) == {1, 2}
     assert min(len(first.said), len(second.said)) > 1000
@@ -516,6 +524,15 @@ async def test_the_schema_is_made_once_by_two_at_once_and_keeps_its_jobs(
         hands = Hands(engine)
         async with running(engine):
             await hands.until_done(*MANY)
+
+
+async def test_a_schema_that_is_there_is_looked_at_beside_a_transaction_that_enqueues(
+    url: str, engine: PostgresEngine, transaction: Transaction
+) -> None:
+    async with transaction() as connection:
+        await engine.enqueue(MANY, connection=connection)
+        async with asyncio.timeout(5):
+            await install_queue(url)
 
 
 async def test_the_schema_is_part_of_the_callers_transaction(postgres_url: str) -> None:

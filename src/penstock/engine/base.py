@@ -11,9 +11,10 @@ from typing import Protocol
 from penstock.model import Job, JobKind
 
 Handler = Callable[[str, asyncio.Event], Awaitable[None]]
-"""Does a job. Gets the job's ID and an event that is set when the job was cancelled, which a
-handler may answer by ending early. An exception is logged, and the job is taken as done:
-what is left undone is found in the store by whoever looks next."""
+"""Does a job. Gets the job's ID and an event that is set when the job was cancelled, or when
+another worker has taken it over; a handler may answer by ending early. An exception is logged,
+and the job is taken as done: what is left undone is found in the store by whoever looks
+next."""
 
 
 class Engine(Protocol):
@@ -37,7 +38,8 @@ class Engine(Protocol):
         ...
 
     async def cancel(self, jobs: Sequence[Job]) -> None:
-        """Take back jobs that wait, and set the event of those that are being done."""
+        """Take back jobs that wait, and set the event of those that are being done, whoever
+        does them."""
         ...
 
     async def run(self) -> None:

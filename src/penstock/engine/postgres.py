@@ -77,11 +77,11 @@ class PostgresEngine:
         local: frozenset[JobKind] = _LOCAL,
         heartbeat_timeout_s: float = 20.0,
     ) -> None:
-        self._dsn = dsn
+        self._dsn = f"postgresql://{dsn.partition('://')[2]}"
         self._local_kinds = local
         self._local = MemoryEngine()
         self._heartbeat_timeout_s = heartbeat_timeout_s
-        self._link = Link(dsn)
+        self._link = Link(self._dsn)
         self._queue = JobQueue(self._link, on_cancel=self._tell, on_loss=self._lose)
         self._manager = QueueManager(self._queue, CHANNEL)
         self._manager.queue_manager_id = self._queue.owner

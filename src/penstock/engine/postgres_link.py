@@ -42,7 +42,11 @@ _create_pool = cast(Callable[..., Awaitable[Pool]], asyncpg.create_pool)  # pyri
 _OPTIONS: dict[str, object] = {
     "timeout": ANSWER_TIMEOUT_S,
     "command_timeout": ANSWER_TIMEOUT_S,
-    "server_settings": {"application_name": "penstock"},
+    "server_settings": {
+        "application_name": "penstock",
+        # A process that was stopped in the midst of a transaction must not hold its rows.
+        "idle_in_transaction_session_timeout": "20s",
+    },
 }
 
 

@@ -14,6 +14,7 @@ PgQueuer's log is kept empty by a trigger: a job that has ended leaves nothing b
 """
 
 import asyncio
+import hashlib
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -113,6 +114,10 @@ CREATE OR REPLACE TRIGGER log_nothing BEFORE INSERT ON {SCHEMA}.pgqueuer_log
 FOR EACH ROW EXECUTE FUNCTION {SCHEMA}.log_nothing();
 """
 
+_VERSION = hashlib.sha256(_INSTALL.encode()).hexdigest()
+_FIND_VERSION = f"SELECT obj_description(to_regnamespace('{SCHEMA}'), 'pg_namespace')"
+_NOTE_VERSION = f"COMMENT ON SCHEMA {SCHEMA} IS '{_VERSION}'"
+
 # In the order of their keys: two that enqueue the same jobs wait for each other, and never
 # each for the other.
 _PUT = f"""
@@ -169,8 +174,9 @@ class CancelNotice(msgspec.Struct, frozen=True):
 async def install(connection: Connection) -> None:
     """Make the tables of the queue, or bring them to this version.
 
-    Safe to run twice and from two hosts at once: it is one transaction, or a part of the one
-    that is open on `connection`.
+    Safe to run twice and from two hosts at once, and beside processes that are at work: it is
+    one transaction, or a part of the one that is open on `connection`, and if all is there it
+    locks no table.
     """
     queries = make_queries(AsyncpgDriver(connection))
     async with connection.transaction():
@@ -180,7 +186,9 @@ async def install(connection: Connection) -> None:
         else:
             await queries.install()
             await queries.optimize_autovacuum()
-        await connection.execute(_INSTALL)
+        if await connection.fetchval(_FIND_VERSION) != _VERSION:
+            await connection.execute(_INSTALL)
+            await connection.execute(_NOTE_VERSION)
 
 
 async def is_installed(connection: Connection) -> bool:
