@@ -352,6 +352,20 @@ def parse_slice_id(name: str) -> tuple[BatchId, int]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentObject:
+    """An object that holds replies of one attempt at a slice, where segments are objects."""
+
+    batch_id: BatchId
+    index: int
+    """The slice's place in the batch."""
+    attempt: int
+    number: int
+    """Its place among those of the attempt, from 0."""
+    key: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Webhook:
     """A place that is told when batches of a project end."""
 

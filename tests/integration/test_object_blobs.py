@@ -222,6 +222,22 @@ async def test_a_write_whose_answer_is_lost_is_not_left_behind(
     assert raw.everything() == []
 
 
+async def test_an_upload_whose_end_is_told_twice_has_ended(
+    hurt: ObjectBlobs, proxy: Proxy, raw: S3Bucket
+) -> None:
+    """The answer to the first was lost, and to the second there is no such upload."""
+    failures = iter(["lose answer"])
+
+    def rule(method: str, path: str) -> str | None:
+        return next(failures, None) if method == "POST" and "uploadId" in path else None
+
+    proxy.rule = rule
+    size = await hurt.put("files/a", chunks_of(*TWO_PARTS))
+
+    assert raw.get("files/a") == b"".join(TWO_PARTS)
+    assert size == len(b"".join(TWO_PARTS))
+
+
 async def test_a_write_is_tried_again(hurt: ObjectBlobs, proxy: Proxy, raw: S3Bucket) -> None:
     failures = iter([500, None, "cut"])
     proxy.rule = lambda method, path: next(failures, None) if method == "PUT" else None

@@ -24,7 +24,7 @@ import obstore
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
 from penstock.blobs.base import Piece, check_by_trial
-from penstock.blobs.storage_errors import explain, names_no_bucket
+from penstock.blobs.storage_errors import explain, names_no_bucket, names_no_upload
 from penstock.errors import NotFound, StorageUnavailable
 
 if TYPE_CHECKING:
@@ -111,19 +111,34 @@ class ObjectBlobs:
             handing.give_up()
             await self._take_back(key, writing)
             raise
-        await self._see_through(key, writing)
+        await self._see_through(key, writing, parts_bytes=size)
         return size
 
-    async def _see_through(self, key: str, writing: "asyncio.Future[Any]") -> None:
-        """Await a write; nothing of it is left if it fails or the caller is cancelled."""
+    async def _see_through(
+        self, key: str, writing: "asyncio.Future[Any]", *, parts_bytes: int = 0
+    ) -> None:
+        """Await a write; nothing of it is left if it fails or the caller is cancelled.
+
+        Args:
+            parts_bytes: How much was written, if in parts.
+        """
         try:
             await asyncio.shield(writing)
         except asyncio.CancelledError:
             await self._take_back(key, writing)
             raise
         except (BaseError, OSError) as error:
+            # An upload that was ended is not known any more to who asks for its end again.
+            if parts_bytes and names_no_upload(error) and await self._has(key, parts_bytes):
+                return
             await self._take_back(key, writing)
             raise self._trouble(error, is_write=True) from error
+
+    async def _has(self, key: str, size: int) -> bool:
+        try:
+            return await self.size(key) == size
+        except (NotFound, StorageUnavailable):
+            return False
 
     async def _take_back(self, key: str, writing: "asyncio.Future[Any]") -> None:
         # A request that is dropped may still be carried out; one that has ended can be undone.

@@ -292,15 +292,19 @@ class _Seal(NamedTuple):
 
 
 class SegmentReader:
-    """Reads one segment back. Everything up to the first broken block counts."""
+    """Reads one segment back. Everything up to the first broken block counts.
 
-    def __init__(self, source: Source) -> None:
+    Args:
+        whole_bytes: Up to which size it is held in memory meanwhile.
+    """
+
+    def __init__(self, source: Source, *, whole_bytes: int = WHOLE_BYTES) -> None:
         self._source = source
         self._whole = b""
         self._records: list[Record] | None = None
         try:
             self._size = source.size
-            if self._size <= WHOLE_BYTES:
+            if self._size <= whole_bytes:
                 self._whole = source.read(0, self._size)
                 self._size = len(self._whole)
             self.seal = self._read_seal()

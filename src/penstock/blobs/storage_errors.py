@@ -15,6 +15,7 @@ _ADDRESS = re.compile(r"\S*://\S+")
 
 _FULL = {"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "InsufficientCapacity"}
 _NO_BUCKET = {"NoSuchBucket", "ContainerNotFound"}
+_NO_UPLOAD = {"NoSuchUpload", "InvalidBlockList"}
 _SLOW = {"SlowDown", "ServerBusy", "TooManyRequests", "RequestLimitExceeded"}
 _METADATA_SERVERS = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
 """Where credentials are looked for if none were given."""
@@ -24,6 +25,11 @@ def names_no_bucket(error: BaseException) -> bool:
     """Whether a store answered so because the bucket itself is not there."""
     text = str(error)
     return _code(text) in _NO_BUCKET or "bucket does not exist" in text
+
+
+def names_no_upload(error: BaseException) -> bool:
+    """Whether a store does not know an upload in parts, or not any more."""
+    return _code(str(error)) in _NO_UPLOAD
 
 
 def explain(error: BaseException, *, url: str, is_write: bool) -> str:

@@ -94,8 +94,10 @@ async def _sweep(*, store: Store, blobs: Blobs, segments: Segments) -> None:
                 await _delete_unused(store, blobs, keys)
                 keys = []
     await _delete_unused(store, blobs, keys)
+    kept = await asyncio.to_thread(segments.batches)
+    # Asked for afterwards: a batch that begins meanwhile must not look as if it had ended.
     unfinished = {batch.id for batch in await store.list_unfinished()}
-    for batch_id in await asyncio.to_thread(segments.batches):
+    for batch_id in kept:
         if batch_id not in unfinished:
             await asyncio.to_thread(segments.delete, batch_id)
 

@@ -32,6 +32,7 @@ from penstock.model import (
     Project,
     ProjectId,
     Purpose,
+    SegmentObject,
     Slice,
     SliceId,
     Upload,
@@ -131,20 +132,6 @@ class SliceReport:
     ends: bool | None = None
     """True: each line has its reply, the slice has ended. False: the worker gives it back
     unfinished. None: the worker goes on, and its lease is extended."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SegmentObject:
-    """An object that holds replies of one attempt at a slice, where segments are objects."""
-
-    batch_id: BatchId
-    index: int
-    """The slice's place in the batch."""
-    attempt: int
-    number: int
-    """Its place among those of the attempt, from 0."""
-    key: str
-    bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,8 +5,7 @@ from dataclasses import asdict
 
 from sqlalchemy import Connection, bindparam, delete, insert, select
 
-from penstock.model import BatchId, SliceId, SliceStatus, slice_id
-from penstock.store.base import SegmentObject
+from penstock.model import BatchId, SegmentObject, SliceId, SliceStatus, slice_id
 from penstock.store.tables import segment_objects, slices
 from penstock.store.transactions import SqlTransactions, portions
 

@@ -6,8 +6,8 @@ Inherit from `SegmentContract` beside `StoreContract`, whose fixtures it uses.
 import asyncio
 from dataclasses import replace
 
-from penstock.model import BatchId
-from penstock.store.base import SegmentObject, Store
+from penstock.model import BatchId, SegmentObject
+from penstock.store.base import Store
 from penstock.testing.store import (
     BOB,
     NOON,
