@@ -26,6 +26,7 @@ import structlog
 from penstock import __version__, clock
 from penstock.blobs.folder import FolderBlobs
 from penstock.blobs.local_segments import LocalSegments
+from penstock.blobs.object_segments import ObjectSegments
 from penstock.blobs.objects import ObjectBlobs
 from penstock.blobs.segments import Segments
 from penstock.blobs.storage import open_blobs
@@ -177,7 +178,7 @@ async def _open_ground(settings: Settings, stack: contextlib.AsyncExitStack) -> 
     if settings.storage_url is None:
         segments: Segments = LocalSegments(data_dir / "segments")
     else:
-        raise InvalidSettings("wip")
+        segments = ObjectSegments(blobs=blobs, store=store, loop=asyncio.get_running_loop())
     routes = _make_routes(settings)
     stack.push_async_callback(routes.close)
     return _Ground(engine, store, blobs, segments, routes, health, Metrics(health))

@@ -4,33 +4,19 @@ Everything runs as a person would start it: two processes of this same program, 
 commands. What is printed is what was done.
 """
 
-import contextlib
 import json
-import shlex
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Generator
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from penstock.client import BatchObject, Client
-from penstock.errors import InvalidRequest, PenstockError
+from penstock.errors import InvalidRequest
 from penstock.places import KEY_FILE
+from penstock.processes import free_port, running
 from penstock.terminal import clean, summary, watch
 
-_PATIENCE_S = 60.0
 _UNREADABLE = "(unreadable)"
 """The one review of the example that the simulator refuses, to show what failing looks like."""
-
-
-class DemoFailed(PenstockError):
-    """A part of the demo did not start."""
 
 
 def find_examples() -> Path:
@@ -63,10 +49,10 @@ def run_demo(data_dir: Path, console: Console) -> BatchObject:
         raise InvalidRequest(
             f"{data_dir} cannot be used: {error.strerror}. Choose another with --data-dir."
         ) from error
-    simulator_port, port = _free_port(), _free_port()
+    simulator_port, port = free_port(), free_port()
     upstream = f"http://127.0.0.1:{simulator_port}/v1"
     with (
-        _process(
+        running(
             console,
             "An upstream without a model",
             [
@@ -76,7 +62,7 @@ def run_demo(data_dir: Path, console: Console) -> BatchObject:
             log=data_dir / "simulator.log",
             ready_url=f"http://127.0.0.1:{simulator_port}/health",
         ),
-        _process(
+        running(
             console,
             "Penstock in front of it",
             ["serve", "--port", str(port), "--data-dir", str(data_dir), "--upstream", upstream],
@@ -114,50 +100,3 @@ def _first_line(path: Path) -> str:
     body = line["response"]["body"]
     said = body.get("error", {}).get("message") or body["choices"][0]["message"]["content"]
     return clean(f"{line['custom_id']}: {line['response']['status_code']}, {said}")
-
-
-@contextlib.contextmanager
-def _process(
-    console: Console, what: str, arguments: list[str], *, log: Path, ready_url: str
-) -> Generator[None]:
-    """Run a command of this program until the block ends."""
-    console.print(f"[bold]{what}:[/] penstock {escape(shlex.join(arguments))}", soft_wrap=True)
-    with log.open("w") as output:
-        process = subprocess.Popen(  # noqa: S603  (this very program)
-            [sys.executable, "-m", "penstock", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-        )
-    try:
-        deadline = time.monotonic() + _PATIENCE_S
-        while not _answers(ready_url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise DemoFailed(f"`penstock {arguments[0]}` did not start: {_tail(log)}")
-            time.sleep(0.05)
-        yield
-    finally:
-        process.terminate()
-        try:
-            process.wait(_PATIENCE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2):  # noqa: S310  (http on loopback)
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def _tail(log: Path) -> str:
-    return log.read_text().strip()[-500:] or "it printed nothing."
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

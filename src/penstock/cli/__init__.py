@@ -61,6 +61,7 @@ def top(
 app.command()(work.serve)
 app.command()(cluster.work)
 app.command()(cluster.migrate)
+app.command("cluster-demo")(cluster.cluster_demo)
 app.command()(work.run)
 app.command()(work.demo)
 app.command()(local.validate)

@@ -2,10 +2,13 @@
 
 # ruff: noqa: PLC0415  (imports inside commands keep the start short)
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 from penstock.cli.local import run_async
-from penstock.cli.options import AsJson, Config, DataDir, print_json
+from penstock.cli.options import FAILED, AsJson, Config, DataDir, print_json
 
 
 def work(config: Config = None) -> None:
@@ -44,3 +47,30 @@ def migrate(config: Config = None, data_dir: DataDir = None, as_json: AsJson = F
         typer.echo(
             f"The database is at schema version {after} now; it was {before or 'empty'}."
         )
+
+
+def cluster_demo(
+    data_dir: Annotated[
+        Path,
+        typer.Option("--data-dir", metavar="DIR", help="Where the demo keeps all it makes."),
+    ] = Path("penstock-cluster-demo"),
+    lines: Annotated[
+        int, typer.Option("--lines", min=100, metavar="N", help="How many lines the batch has.")
+    ] = 6000,
+) -> None:
+    """Run a cluster here, kill one of its workers, and count.
+
+    PostgreSQL, an S3 server, one API and three workers.
+    """
+    from rich.console import Console
+
+    from penstock.cluster_demo import run_cluster_demo
+
+    books = run_cluster_demo(data_dir, Console(highlight=False, emoji=False), lines=lines)
+    typer.echo(
+        f"\n{books.lines:,} lines: {books.lost} lost, {books.doubled} doubled. "
+        f"{books.sent_again} were sent a second time: those that the dead worker had in flight "
+        "or had not kept yet."
+    )
+    if not books.balance:
+        raise typer.Exit(FAILED)
