@@ -103,6 +103,7 @@ class Backlog:
     weight: int
     expires_at: int
     created_at: int
+    is_background: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +116,9 @@ class ClaimedSlice:
     input_blob_key: str
     expires_at: int
     """When the batch's completion window closes."""
+    project_id: ProjectId
+    weight: int
+    is_background: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,11 +240,15 @@ class Store(Protocol):
 
     # Projects and keys
 
-    async def ensure_project(self, name: str, *, weight: int | None = None) -> Project:
+    async def ensure_project(
+        self, name: str, *, weight: int | None = None, is_background: bool | None = None
+    ) -> Project:
         """Get the project called `name`, made if it is not there.
 
         Args:
             weight: Its share of the workers; None keeps the weight it has, or 1.
+            is_background: Whether it runs only where others leave room; None keeps what is
+                so, or is no.
         """
         ...
 

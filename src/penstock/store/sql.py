@@ -107,12 +107,23 @@ class SqlStore(UploadStore, WebhookStore, BudgetStore):
 
     # Projects and keys
 
-    async def ensure_project(self, name: str, *, weight: int | None = None) -> Project:
-        new = {"id": f"proj_{secrets.token_hex(12)}", "name": name, "weight": weight or 1}
+    async def ensure_project(
+        self, name: str, *, weight: int | None = None, is_background: bool | None = None
+    ) -> Project:
+        new = {
+            "id": f"proj_{secrets.token_hex(12)}",
+            "name": name,
+            "weight": weight or 1,
+            "is_background": bool(is_background),
+        }
+        told = {"weight": weight, "is_background": is_background}
         statement = upsert(projects).values(new)
         statement = statement.on_conflict_do_update(
             index_elements=["name"],
-            set_={"weight": projects.c.weight if weight is None else weight},
+            set_={
+                name: projects.c[name] if value is None else value
+                for name, value in told.items()
+            },
         ).returning(*projects.c)
         row = await self._write(lambda db: db.execute(statement).mappings().one())
         return Project(**row)
@@ -307,8 +318,12 @@ class SqlStore(UploadStore, WebhookStore, BudgetStore):
         rows = await self._read(_LIST_BACKLOG, {"now": now})
         return [Backlog(**row) for row in rows]
 
-    async def list_pending(self, batch_id: BatchId, *, limit: int) -> list[Slice]:
-        rows = await self._read(_LIST_PENDING, {"batch_id": batch_id, "limit": limit})
+    async def list_pending(
+        self, batch_id: BatchId, *, limit: int, share: tuple[int, int] = (0, 1)
+    ) -> list[Slice]:
+        part, parts = share
+        values = {"batch_id": batch_id, "limit": limit, "part": part, "parts": parts}
+        rows = await self._read(_LIST_PENDING, values)
         return [to_slice(row) for row in rows]
 
     async def get_slices(
@@ -472,6 +487,7 @@ _LIST_BACKLOG = (
         batches.c.id.label("batch_id"),
         batches.c.project_id,
         projects.c.weight,
+        projects.c.is_background,
         batches.c.expires_at,
         batches.c.created_at,
     )
@@ -488,7 +504,11 @@ _SLICE_COLUMNS = [slices.c[name] for name in (*SLICE_FIELDS, *TOKENS)]
 
 _LIST_PENDING = (
     select(*_SLICE_COLUMNS)
-    .where(slices.c.batch_id == bindparam("batch_id"), slices.c.status == SliceStatus.PENDING)
+    .where(
+        slices.c.batch_id == bindparam("batch_id"),
+        slices.c.status == SliceStatus.PENDING,
+        slices.c.index % bindparam("parts") == bindparam("part"),
+    )
     .order_by(slices.c.index)
     .limit(bindparam("limit"))
 )
@@ -514,8 +534,12 @@ _DUE_SLICES = (
         batches.c.endpoint,
         batches.c.input_blob_key,
         batches.c.expires_at,
+        batches.c.project_id,
+        projects.c.weight,
+        projects.c.is_background,
     )
-    .join(batches)
+    .join(batches, batches.c.id == slices.c.batch_id)
+    .join(projects, projects.c.id == batches.c.project_id)
     .where(
         _IS_ONE_OF_THEM,
         batches.c.status.in_(_CLAIMABLE),

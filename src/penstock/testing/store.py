@@ -262,11 +262,19 @@ class StoreContract:
         assert await store.ensure_project("red") == made
         assert made.name == "red"
         assert made.weight == 1
+        assert not made.is_background
 
     async def test_projects_of_two_names_are_two(self, store: Store) -> None:
         red = await store.ensure_project("red")
 
         assert (await store.ensure_project("blue")).id != red.id
+
+    async def test_a_tier_is_kept_until_another_is_given(self, store: Store) -> None:
+        await store.ensure_project("red", weight=3, is_background=True)
+
+        assert (await store.ensure_project("red", weight=2)).is_background
+        again = await store.ensure_project("red", is_background=False)
+        assert (again.weight, again.is_background) == (2, False)
 
     async def test_a_weight_is_kept_until_another_is_given(self, store: Store) -> None:
         await store.ensure_project("red", weight=3)
@@ -934,6 +942,21 @@ class StoreContract:
 
         assert [one.index for one in pending] == [1, 3, 4]
 
+    async def test_a_worker_may_ask_for_its_own_part_of_a_batch(self, store: Store) -> None:
+        await start(store, 12)
+        await claim(store, ids_of(1))
+
+        parts = [
+            await store.list_pending(BatchId("batch-1"), limit=3, share=(part, 3))
+            for part in range(3)
+        ]
+
+        assert [[one.index for one in part] for part in parts] == [
+            [0, 3, 6],
+            [4, 7, 10],
+            [2, 5, 8],
+        ]
+
     async def test_slices_come_page_by_page(self, store: Store) -> None:
         await start(store, 12)
         await start(store, 12, "batch-2")
@@ -956,6 +979,7 @@ class StoreContract:
 
     async def test_the_backlog_names_batches_with_pending_slices(self, store: Store) -> None:
         await store.ensure_project("blue", weight=4)
+        await store.ensure_project("blue", is_background=True)
         await start(store, name="batch-1")
         await start(store, name="batch-2", project="blue")
         await start(store, 1, "batch-3")
@@ -972,6 +996,7 @@ class StoreContract:
         batch = await store.get_batch(BatchId("batch-2"))
         assert blue.project_id == batch.project_id
         assert (blue.expires_at, blue.created_at) == (CLOSE, NOON)
+        assert [entry.batch_id for entry in backlog if entry.is_background] == ["batch-2"]
 
     async def test_the_backlog_leaves_out_batches_whose_window_has_closed(
         self, store: Store
@@ -1005,6 +1030,7 @@ class StoreContract:
     # Claiming
 
     async def test_a_claim_brings_all_that_a_worker_needs(self, store: Store) -> None:
+        await store.ensure_project("red", weight=3, is_background=True)
         batch = await start(store)
 
         [only] = await claim(store, ids_of(1))
@@ -1014,6 +1040,9 @@ class StoreContract:
             endpoint=batch.endpoint,
             input_blob_key=batch.input_blob_key,
             expires_at=CLOSE,
+            project_id=batch.project_id,
+            weight=3,
+            is_background=True,
         )
         assert (await store.get_slices(BatchId("batch-1")))[1] == only.slice
 
