@@ -345,7 +345,11 @@ def _owned(data_dir: Path) -> Generator[None]:
 
 async def _ensure_projects(settings: Settings, store: SqlStore) -> ProjectId:
     for project in settings.projects:
-        owner = await store.ensure_project(project.name, weight=project.weight)
+        owner = await store.ensure_project(
+            project.name,
+            weight=project.weight,
+            is_background=project.tier == "background",
+        )
         for key in project.api_keys:
             await _add_key(store, owner.id, project.name, key.get_secret_value())
     return (await store.ensure_project(DEFAULT_PROJECT)).id

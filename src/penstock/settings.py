@@ -357,6 +357,11 @@ class ProjectSettings(Table):
         default=(),
     )
     weight: Whole = _whole(1, "Its share of the workers beside other projects that have work.")
+    tier: Literal["normal", "background"] = _setting(
+        "With `background` its lines run only where those of no other project would.",
+        "`normal` or `background`",
+        default="normal",
+    )
 
 
 class WebhookSettings(Table):

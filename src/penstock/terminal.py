@@ -316,6 +316,8 @@ _REASONS = {
     "engine_queue": "requests wait in the engine's queue",
     "latency": "more at a time would only take longer",
     "max_concurrency": "as many as max_concurrency allows",
+    "share": "other workers have the rest of max_concurrency",
+    "no_lease": "which part of it is this worker's is not known, for want of the database",
     "circuit_open": "it is down for some model, whose lines wait",
     "retry_after": "it asked to be left alone for a while",
     "rate_limit": "requests_per_minute or tokens_per_minute is reached",

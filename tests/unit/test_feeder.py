@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.engine.memory import MemoryEngine
-from penstock.executor.feeder import Feeder, next_batch
+from penstock.executor.feeder import Feeder, begin_strides, next_batch, whole_batch
 from penstock.model import (
     Batch,
     BatchId,
@@ -95,6 +96,22 @@ def test_a_project_that_has_had_nothing_goes_first() -> None:
     assert found.batch_id == "b"
 
 
+def test_a_background_project_is_next_only_if_there_is_no_other() -> None:
+    grey = replace(waiting("grey", project="grey", expires_at=1), is_background=True)
+    red = waiting("red", project="red", expires_at=999)
+
+    assert next_batch([grey, red], {ProjectId("red"): 99.0}) == red
+    assert next_batch([grey], {}) == grey
+
+
+def test_a_newcomer_begins_beside_the_project_of_its_tier_that_had_least() -> None:
+    grey = replace(waiting("g", project="grey"), is_background=True)
+    backlog = [waiting("a", project="old"), waiting("b", project="new"), grey]
+    had = {ProjectId("old"): 9.0, ProjectId("grey"): 1.0, ProjectId("gone"): 3.0}
+
+    assert begin_strides(backlog, had) == {"old": 9.0, "new": 9.0, "grey": 1.0}
+
+
 @given(
     weights=st.dictionaries(
         st.sampled_from(["a", "b", "c", "d"]), st.integers(1, 10), min_size=1
@@ -132,13 +149,15 @@ class Lanes:
         self.blocked: set[str] = set()
         """Slices whose upstreams are left alone."""
 
-    def has_room(self, piece: Slice) -> bool:
+    def has_room(self, piece: Slice, batch: Backlog) -> bool:
+        del batch
         return self.expected < self.room and piece.id not in self.busy
 
     def is_blocked(self, piece: Slice) -> bool:
         return piece.id in self.blocked
 
-    def expect(self, piece: Slice, *, sign: int = 1) -> None:
+    def expect(self, piece: Slice, batch: Backlog, *, sign: int = 1) -> None:
+        del batch
         self.expected += sign * piece.requests
 
 
@@ -219,8 +238,14 @@ async def begin(
 
 
 @asynccontextmanager
-async def feeding(store: SqlStore, lanes: Lanes, engine: object) -> AsyncIterator[Feeder]:
-    feeder = Feeder(store=store, engine=engine)  # pyright: ignore[reportArgumentType]
+async def feeding(
+    store: SqlStore,
+    lanes: Lanes,
+    engine: object,
+    *,
+    share: Callable[[], tuple[int, int]] = whole_batch,
+) -> AsyncIterator[Feeder]:
+    feeder = Feeder(store=store, engine=engine, share=share)  # pyright: ignore[reportArgumentType]
     feeder.serve(lanes)
     task = asyncio.create_task(feeder.run())
     feeder.poke()
@@ -342,3 +367,14 @@ async def test_slices_whose_jobs_were_taken_back_take_no_room_for_ever(
         async with asyncio.timeout(TIMEOUT_S):
             while lanes.expected:
                 await asyncio.sleep(0.005)
+
+
+async def test_a_worker_begins_with_its_own_part_and_goes_on_with_the_others(
+    store: SqlStore,
+) -> None:
+    await begin(store, "a", slices=9)
+    lanes, handed = Lanes(room=100_000), Handed()
+    async with feeding(store, lanes, handed, share=lambda: (1, 3)):
+        await handed.until(lambda names: len(names) == 9)
+
+    assert handed.names == [f"a:{n}" for n in (1, 4, 7, 0, 2, 3, 5, 6, 8)]

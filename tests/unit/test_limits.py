@@ -281,3 +281,115 @@ def test_later_requests_are_thought_to_take_what_earlier_ones_did() -> None:
 
     assert estimate.cost(b'{"max_tokens":4000}' + b" " * 381) == 220
     assert estimate.cost(b'{"max_tokens":5}' + b" " * 384) == 205
+
+
+# A bound that comes and goes
+
+
+def test_a_bound_holds_from_now_on_and_what_was_found_outlasts_it() -> None:
+    limit = limit_of(256, initial=64)
+    limit.set_bound(10, 1.0)
+    assert (limit.current, limit.limiter) == (10, Limiter.SHARE)
+    limit.set_bound(0, 2.0)
+    assert limit.current == 0
+
+    limit.set_bound(256, 3.0)
+
+    assert (limit.current, limit.limiter) == (64, Limiter.START)
+
+
+def test_no_bound_is_above_what_the_settings_allow() -> None:
+    limit = limit_of(16, initial=64)
+    limit.set_bound(500, 1.0)
+
+    assert (limit.current, limit.limiter) == (16, Limiter.SETTING)
+
+
+def test_it_keeps_to_its_bound_and_grows_with_it() -> None:
+    limit = limit_of(256)
+    limit.set_bound(20, 100.0)
+    engine = Engine(limit, slots=1000)
+
+    engine.run(20)
+    assert engine.highest == 20
+    assert limit.current >= 16
+    limit.set_bound(200, engine.now)
+    engine.run(20)
+
+    assert engine.highest == 200
+
+
+def test_it_wishes_for_more_only_while_its_bound_is_what_holds_it() -> None:
+    limit = limit_of(256, initial=64)
+    assert limit.wish == 64
+    limit.set_bound(64, 1.0)
+    assert limit.wish == 256
+    limit.set_bound(10, 2.0)
+    assert limit.wish == 64
+
+
+def test_replies_to_what_was_sent_under_another_bound_judge_nothing() -> None:
+    limit = limit_of(256, initial=64)
+    limit.set_bound(0, 10.0)
+    for _ in range(100):
+        limit.note_refusal(12.0, sent_at=9.0)
+        limit.note_success(12.0, sent_at=9.0, work=1, in_flight=1)
+    limit.note_load(EngineLoad(running=1, waiting=90), 12.0, in_flight=0)
+    limit.set_bound(256, 13.0)
+
+    assert limit.current == 64
+
+
+def test_what_cuts_another_worker_s_limit_cuts_this_one_once() -> None:
+    limit = limit_of(256, initial=64)
+
+    limit.hear_refusal(101.0, refused_at=100.0)
+    limit.hear_refusal(101.5, refused_at=100.5)
+    assert (limit.current, limit.limiter) == (32, Limiter.REFUSALS)
+    limit.hear_refusal(106.0, refused_at=105.0)
+
+    assert limit.current == 16
+
+
+def test_what_has_cut_its_own_limit_cuts_it_no_second_time() -> None:
+    limit = limit_of(256, initial=64)
+    for _ in range(8):
+        limit.note_refusal(100.0, sent_at=99.0)
+    assert (limit.current, limit.cut_at) == (32, 100.0)
+
+    limit.hear_refusal(101.0, refused_at=99.5)
+    limit.hear_refusal(101.0, refused_at=101.0)
+
+    assert limit.current == 32
+
+
+def test_refusals_of_long_ago_say_nothing_of_now() -> None:
+    limit = limit_of(256, initial=64)
+
+    limit.hear_refusal(100.0, refused_at=89.0)
+
+    assert limit.current == 64
+
+
+def test_a_new_rate_brings_no_burst() -> None:
+    bucket = TokenBucket(60)
+    bucket.take(1000.0, 1)
+    bucket.set_rate(1000.0, 6000, since=1000.0)
+    now, times = 1000.0, list[float]()
+    while (now := bucket.ready_at(now)) < 1001.0:
+        bucket.take(now, 1)
+        times.append(now)
+
+    assert len(times) in (99, 100)
+    assert times[0] == pytest.approx(1000.01)
+
+
+def test_a_lower_rate_holds_from_when_the_rest_was_given_to_others() -> None:
+    bucket = TokenBucket(600)
+    for _ in range(10):
+        bucket.take(1000.0, 1)
+    bucket.set_rate(1002.0, 60, since=1001.0)
+
+    assert bucket.ready_at(1002.0) == pytest.approx(1002.0)
+    bucket.take(1002.0, 1)
+    assert bucket.ready_at(1002.0) == pytest.approx(1003.0)

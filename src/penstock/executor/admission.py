@@ -2,7 +2,8 @@
 come in.
 
 An `Admission` is all that is known of one upstream: how many requests it can use, its rates,
-whether it asked to be left alone, and the circuit of each of its models.
+whether it asked to be left alone, and the circuit of each of its models. Where workers share
+the upstream, it sends only as much as its part allows, and nothing once its lease is over.
 """
 
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from penstock.executor.limits import (
     TokenEstimate,
 )
 from penstock.executor.retry import RetryPolicy
+from penstock.shares import Part
 from penstock.upstream.base import EngineLoad, Failure, LineUpstream, Reply
 
 _REFUSALS = frozenset({429, 503, 529})
@@ -40,6 +42,7 @@ class Hindrance(StrEnum):
     CIRCUIT = "circuit_open"
     RETRY_AFTER = "retry_after"
     RATE = "rate_limit"
+    LEASE = "no_lease"  # it does not know what part of the upstream is its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +57,8 @@ class AdmissionPolicy:
     """0 sets no limit."""
     tokens_per_minute: int = 0
     """0 sets no limit."""
+    is_shared: bool = False
+    """Whether it belongs to several workers, so that nothing is sent without a part of it."""
 
 
 class Ticket(msgspec.Struct, frozen=True, gc=False):
@@ -96,6 +101,9 @@ class Admission:
         self._held_until = float("-inf")
         self._ready_at = float("-inf")
         """Before this no rate has room."""
+        self._most = 0 if policy.is_shared else policy.concurrency.most
+        """How many may be in flight by the part that is known."""
+        self._leased_until = float("-inf" if policy.is_shared else "inf")
         self._requests = _bucket(policy.requests_per_minute)
         self._tokens = _bucket(policy.tokens_per_minute)
         self._estimate = TokenEstimate()
@@ -109,8 +117,10 @@ class Admission:
             is_open = circuit.is_open
         if (
             self.in_flight >= self.limit.current
+            or self.in_flight >= self._most
             or now < self._held_until
             or now < self._ready_at
+            or now >= self._leased_until
         ):
             return Verdict.WAIT
         return Verdict.PROBE if is_open else Verdict.SEND
@@ -197,6 +207,58 @@ class Admission:
         circuit = self._circuits.get(model)
         return circuit is not None and circuit.is_open
 
+    # A part of it
+
+    @property
+    def held_until(self) -> float:
+        """Until when it asked to be left alone."""
+        return self._held_until
+
+    def demand(self, waiting: int) -> int:
+        """How many could be in flight, had the worker the upstream to itself.
+
+        Args:
+            waiting: How many lines wait for it.
+        """
+        return min(self.limit.wish, self.in_flight + waiting)
+
+    def freeze(self) -> int:
+        """Send no more than are in flight, until `take_part` says more.
+
+        Returns:
+            How many are.
+        """
+        self._most = min(self._most, self.in_flight)
+        return self.in_flight
+
+    def take_part(self, part: Part, now: float, *, asked_at: float, until: float) -> None:
+        """Keep to a part from now on.
+
+        Args:
+            asked_at: From when others may use what was given back.
+            until: When it ends.
+        """
+        self._most = part.concurrency
+        self._leased_until = until
+        self.limit.set_bound(part.concurrency, now)
+        if not part.concurrency:
+            return
+        rates = (part.requests_per_minute, part.tokens_per_minute)
+        for bucket, rate in zip((self._requests, self._tokens), rates, strict=True):
+            if bucket is not None:
+                bucket.set_rate(now, rate, since=asked_at)
+        self._find_ready(now)
+
+    def hear(self, now: float, *, refused_at: float | None, held_until: float | None) -> None:
+        """Hear what other workers have met with."""
+        if refused_at is not None:
+            self.limit.hear_refusal(now, refused_at=refused_at)
+        if held_until is not None:
+            latest = now + self.policy.retries.max_retry_after_s
+            self._held_until = max(self._held_until, min(held_until, latest))
+
+    # Time
+
     def ready_at(self) -> float:
         """When it takes lines again, as far as time decides that."""
         return max(self._held_until, self._ready_at)
@@ -205,6 +267,8 @@ class Admission:
         """Why it is not sent more now; None if it would take more at once."""
         if any(circuit.is_open for circuit in self._circuits.values()):
             return Hindrance.CIRCUIT
+        if now >= self._leased_until:
+            return Hindrance.LEASE
         if now < self._held_until:
             return Hindrance.RETRY_AFTER
         if now < self._ready_at:
@@ -215,9 +279,11 @@ class Admission:
         for bucket, amount in ((self._requests, requests), (self._tokens, tokens)):
             if bucket is not None and amount:
                 bucket.take(now, amount)
-                self._ready_at = max(
-                    each.ready_at(now) for each in (self._requests, self._tokens) if each
-                )
+                self._find_ready(now)
+
+    def _find_ready(self, now: float) -> None:
+        ready = [each.ready_at(now) for each in (self._requests, self._tokens) if each]
+        self._ready_at = max(ready, default=float("-inf"))
 
     def _correct(self, ticket: Ticket, body: bytes, reply: Reply, now: float) -> None:
         """Replace what a line was thought to cost by what it did."""

@@ -1,14 +1,16 @@
 """The feeder hands slices to the engine, only as many as the lanes need.
 
-So the order is decided late: fair between projects first (stride scheduling by weight), then
-the earliest deadline, then the input's own order.
+So the order is decided late: background projects after all others, then fair between projects
+(stride scheduling by weight), then the earliest deadline, then the input's own order.
+
+Of several workers on one store, each begins with its own part of a batch.
 """
 
 import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import structlog
@@ -30,9 +32,14 @@ _AHEAD = 64
 class Lanes(Protocol):
     """What the feeder asks of the worker."""
 
-    def has_room(self, piece: Slice) -> bool: ...
+    def has_room(self, piece: Slice, batch: Backlog) -> bool: ...
     def is_blocked(self, piece: Slice) -> bool: ...
-    def expect(self, piece: Slice, *, sign: int = 1) -> None: ...
+    def expect(self, piece: Slice, batch: Backlog, *, sign: int = 1) -> None: ...
+
+
+def whole_batch() -> tuple[int, int]:
+    """The part of a batch that a worker begins with which is alone."""
+    return 0, 1
 
 
 def next_batch(
@@ -47,11 +54,13 @@ def next_batch(
 
     Returns:
         The batch with the earliest deadline (of equal ones the oldest) of the project that
-        has had least; None if there is no candidate.
+        has had least, of a background project only if there is no other; None if there is no
+        candidate.
     """
     return min(
         candidates,
         key=lambda batch: (
+            batch.is_background,
             strides.get(batch.project_id, 0.0),
             batch.project_id,
             batch.expires_at,
@@ -63,18 +72,30 @@ def next_batch(
 
 
 class Feeder:
-    """Keeps the next few slices in the engine."""
+    """Keeps the next few slices in the engine.
 
-    def __init__(self, *, store: Store, engine: Engine) -> None:
+    Args:
+        share: Says with which part of a batch this worker begins, as `Store.list_pending`
+            understands it.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        engine: Engine,
+        share: Callable[[], tuple[int, int]] = whole_batch,
+    ) -> None:
         self._store = store
         self._engine = engine
+        self._share = share
         self._lanes: Lanes | None = None
         self._wake = asyncio.Event()
         self._looked_at = -_LOOK_S
         self._backlog: dict[BatchId, Backlog] = {}
         self._next: dict[BatchId, deque[Slice]] = {}
         self._aside: dict[BatchId, set[SliceId]] = {}
-        self._handed: dict[SliceId, Slice] = {}
+        self._handed: dict[SliceId, tuple[Slice, Backlog]] = {}
         self._strides: dict[ProjectId, float] = {}
 
     def serve(self, lanes: Lanes) -> None:
@@ -93,8 +114,8 @@ class Feeder:
     def hold(self, name: str) -> None:
         """Say that the worker has taken a slice in, or did not get it: it is no longer only
         expected."""
-        if (piece := self._handed.pop(SliceId(name), None)) and self._lanes:
-            self._lanes.expect(piece, sign=-1)
+        if (handed := self._handed.pop(SliceId(name), None)) and self._lanes:
+            self._lanes.expect(*handed, sign=-1)
             self._wake.set()
 
     async def run(self) -> None:
@@ -105,12 +126,17 @@ class Feeder:
                     await self._wake.wait()
             self._wake.clear()
             try:
-                await self._feed()
+                await self.feed()
             except StorageUnavailable as error:
                 _log.warning("The next slices cannot be read; trying again.", error=str(error))
                 await asyncio.sleep(_LOOK_S)
 
-    async def _feed(self) -> None:
+    async def feed(self) -> None:
+        """Hand out what the lanes have room for now.
+
+        Raises:
+            StorageUnavailable: The next slices cannot be read; those before are handed out.
+        """
         if (now := time.monotonic()) - self._looked_at >= _LOOK_S:
             self._looked_at, before = now, self._looked_at
             try:
@@ -128,15 +154,16 @@ class Feeder:
             while batch := next_batch(candidates.values(), self._strides):
                 waiting = await self._read_ahead(batch.batch_id, lanes)
                 # One whose upstream is busy does not hold up those behind it.
-                piece = next(filter(lanes.has_room, waiting), None)
+                found = (piece for piece in waiting if lanes.has_room(piece, batch))
+                piece = next(found, None)
                 if piece is None:
                     del candidates[batch.batch_id]
                     if not waiting and not self._aside.get(batch.batch_id):
                         self._backlog.pop(batch.batch_id, None)
                 else:
                     waiting.remove(piece)
-                    self._handed[piece.id] = piece
-                    lanes.expect(piece)
+                    self._handed[piece.id] = (piece, batch)
+                    lanes.expect(piece, batch)
                     self._charge(batch, piece)
                     jobs.append(Job(kind=JobKind.SLICE, id=piece.id))
         finally:  # those that were taken out stay handed out, whatever stopped the rest
@@ -153,17 +180,23 @@ class Feeder:
                 aside.add(waiting.popleft().id)
             if waiting:
                 return waiting
-            handed = sum(piece.batch_id == batch_id for piece in self._handed.values())
-            pending = await self._store.list_pending(
-                batch_id, limit=_AHEAD + handed + len(aside)
-            )
-            waiting.extend(
-                piece
-                for piece in pending
-                if piece.id not in self._handed and piece.id not in aside
-            )
+            waiting.extend(await self._read(batch_id, self._share(), aside))
+            if not waiting:
+                waiting.extend(await self._read(batch_id, whole_batch(), aside))
             if not waiting:
                 return waiting
+
+    async def _read(
+        self, batch_id: BatchId, share: tuple[int, int], aside: set[SliceId]
+    ) -> list[Slice]:
+        """The next slices of a part of a batch, without those that are known."""
+        handed = sum(piece.batch_id == batch_id for piece, _ in self._handed.values())
+        pending = await self._store.list_pending(
+            batch_id, limit=_AHEAD + handed + len(aside), share=share
+        )
+        return [
+            piece for piece in pending if piece.id not in self._handed and piece.id not in aside
+        ]
 
     def _charge(self, batch: Backlog, piece: Slice) -> None:
         had = self._strides.get(batch.project_id, 0.0)
@@ -179,10 +212,23 @@ class Feeder:
         }
         self._aside.clear()
         for name in [
-            n for n, piece in self._handed.items() if piece.batch_id not in self._backlog
+            n for n, (piece, _) in self._handed.items() if piece.batch_id not in self._backlog
         ]:
             # It was cancelled with its batch before a worker saw it, or is being taken in.
             self.hold(name)
-        present = {batch.project_id for batch in self._backlog.values()}
-        least = min((self._strides[p] for p in present if p in self._strides), default=0.0)
-        self._strides = {p: self._strides.get(p, least) for p in present}
+        self._strides = begin_strides(self._backlog.values(), self._strides)
+
+
+def begin_strides(
+    backlog: Iterable[Backlog], strides: Mapping[ProjectId, float]
+) -> dict[ProjectId, float]:
+    """Forget the projects that have nothing waiting, and start newcomers beside the one of
+    their tier that had least."""
+    begun: dict[ProjectId, float] = {}
+    tiers: dict[bool, set[ProjectId]] = {}
+    for batch in backlog:
+        tiers.setdefault(batch.is_background, set()).add(batch.project_id)
+    for present in tiers.values():
+        least = min((strides[p] for p in present if p in strides), default=0.0)
+        begun.update((p, strides.get(p, least)) for p in present)
+    return begun

@@ -2,8 +2,9 @@
 can use.
 
 A sender takes a line, finds an upstream that takes it now, sends it, and asks the retry policy
-what the reply means. A line that waits for its next attempt holds no place. Slices share a lane
-in the order they came, so a slow line delays nothing but its own slice.
+what the reply means. A line that waits for its next attempt holds no place. The slices of a
+project share a lane in the order they came, and projects by their weights (see `waiting`), so
+a slow line delays nothing but its own slice.
 
 Lines of a model whose circuit lets none pass at any upstream are parked; those of other models
 pass them by. Parked lines go on, one as a probe or all of them, when a circuit says so.
@@ -21,13 +22,13 @@ import structlog
 
 from penstock import clock
 from penstock.executor.admission import Admission, Outcome, Ticket, Verdict, choose
+from penstock.executor.waiting import Flow, Waiting
 from penstock.jsonl import RequestLine
 from penstock.telemetry import LaneGauges, UpstreamGauges, UpstreamStats
 from penstock.upstream.base import Failure, Reply
 
 _log = structlog.get_logger()
 _TELL_EVERY = 64
-_HIGH_WATER = 2
 _TELL_EVERY_S = 30.0
 _LATE_S = 0.001
 """How much later than it must a lane looks at a clock, so that it need not look twice."""
@@ -41,6 +42,7 @@ class LineOwner(Protocol):
 
     endpoint: str
     expires_at: float
+    flow: Flow
     is_stopping: bool
     """Lines that are not sent yet are to be dropped."""
     is_aborted: bool
@@ -59,7 +61,9 @@ class LineOwner(Protocol):
 
 
 @dataclass(slots=True)
-class _Queued:
+class Queued:
+    """A line that waits."""
+
     owner: LineOwner
     line: RequestLine
     attempt: int
@@ -76,9 +80,7 @@ class Lane:
         gate: Nothing is sent while this is not set.
         spawn: Starts the senders.
         wants_more: Called now and then while the queue grows shorter.
-        low_water: With fewer lines than this it has room, until it has twice as many: slices
-            are claimed a few at a time, since a claim costs a sync of the disk.
-        held_bytes: With as many bytes of waiting bodies it is full.
+        waiting: Where its lines wait.
     """
 
     def __init__(
@@ -89,47 +91,55 @@ class Lane:
         gate: asyncio.Event,
         spawn: Spawn,
         wants_more: Callable[[], None],
-        low_water: int,
-        held_bytes: int,
+        waiting: Waiting[Queued],
     ) -> None:
         self.admissions = tuple(admissions)
         self._only = self.admissions[0] if len(self.admissions) == 1 else None
         self._stats = dict(zip(self.admissions, stats, strict=True))
-        self._parked: dict[str, deque[_Queued]] = {}
+        self._parked: dict[str, deque[Queued]] = {}
         self._wakers: dict[str, asyncio.TimerHandle] = {}
         self._restart: asyncio.TimerHandle | None = None
         self._gate = gate
         self._spawn = spawn
         self._wants_more = wants_more
-        self._low_water = low_water
-        self._held_bytes = held_bytes
-        self._queue: deque[_Queued] = deque()
+        self._waiting = waiting
         self._senders = 0
-        self._is_filling = True
         self._told_at = float("-inf")
-        self.queued_bytes = 0
-        """Bytes of the bodies that wait, for their first attempt or another."""
-        self.expected = 0
-        """Lines of slices that are handed out but not held yet."""
-        self.expected_bytes = 0
-        """The bytes of their bodies, about."""
 
     @property
-    def has_room(self) -> bool:
-        """Whether it is to be given more lines."""
-        ahead = len(self._queue) + self.expected
-        self._is_filling = ahead < self._low_water * (_HIGH_WATER if self._is_filling else 1)
-        return self._is_filling
+    def places(self) -> int:
+        """How many lines may be in flight."""
+        if self._only:
+            return self._only.limit.current
+        return sum(each.limit.current for each in self.admissions)
 
     @property
-    def is_full(self) -> bool:
-        """Whether it holds as many bytes of bodies as it may."""
-        return self.queued_bytes + self.expected_bytes >= self._held_bytes
+    def in_flight(self) -> int:
+        if self._only:
+            return self._only.in_flight
+        return sum(each.in_flight for each in self.admissions)
+
+    @property
+    def waiting(self) -> int:
+        """Lines that are ready to be sent, and those of slices that are on their way here."""
+        return len(self._waiting) + self._waiting.expected
 
     @property
     def is_busy(self) -> bool:
         """Whether any line is on its way or waits."""
-        return bool(self._senders or self._queue or any(self._parked.values()))
+        return bool(self._senders or len(self._waiting) or any(self._parked.values()))
+
+    def has_room(self, flow: Flow) -> bool:
+        """Whether it is to be given more lines of a project."""
+        return self._waiting.has_room(flow, places=self.places)
+
+    def is_full(self, flow: Flow) -> bool:
+        """Whether it holds as many bytes of bodies as it may."""
+        return self._waiting.is_full(flow)
+
+    def expect(self, flow: Flow, lines: int, bytes_: int) -> None:
+        """Count lines of a slice that was handed out or, with a minus, is held or came back."""
+        self._waiting.expect(flow, lines, bytes_)
 
     def is_blocked(self, model: str) -> bool:
         """Whether lines of a model would be parked now."""
@@ -140,7 +150,7 @@ class Lane:
         """How it stands now."""
         now = time.monotonic()
         return LaneGauges(
-            queued=len(self._queue),
+            queued=len(self._waiting),
             parked=sum(map(len, self._parked.values())),
             upstreams={
                 each.upstream.name: UpstreamGauges(
@@ -157,9 +167,8 @@ class Lane:
 
     def put(self, owner: LineOwner, lines: Sequence[RequestLine]) -> None:
         """Queue lines for their first attempt."""
-        for line in lines:
-            self._queue.append(_Queued(owner, line, 1))
-            self.queued_bytes += len(line.body)
+        self._waiting.put(owner.flow, (Queued(owner, line, 1) for line in lines))
+        self._waiting.weigh(owner.flow, sum(len(line.body) for line in lines))
         self.start()
 
     def parked_of(self, owner: LineOwner) -> list[str]:
@@ -172,9 +181,8 @@ class Lane:
 
     def withdraw(self, owner: LineOwner) -> None:
         """Drop the lines of an owner that are not sent yet."""
-        mine = [queued.line for queued in self._queue if queued.owner is owner]
-        if mine:
-            self._queue = deque(queued for queued in self._queue if queued.owner is not owner)
+        gone = self._waiting.remove(lambda queued: queued.owner is owner)
+        mine = [queued.line for queued in gone]
         parked = 0
         for model, waiting in self._parked.items():
             mine += [queued.line for queued in waiting if queued.owner is owner]
@@ -183,34 +191,39 @@ class Lane:
             self._parked[model] = left
         owner.park(-parked)
         for line in mine:
-            self.queued_bytes -= len(line.body)
-            owner.drop(line)
+            self.drop(owner, line)
+
+    def drop(self, owner: LineOwner, line: RequestLine) -> None:
+        """Drop a line that waited here, or waited to come back."""
+        self._waiting.weigh(owner.flow, -len(line.body))
+        owner.drop(line)
 
     def start(self) -> None:
         """Start the senders that the queue and the upstreams' limits call for."""
         # A sender that has just been started has taken no line yet, so starting one for each
         # waiting line never starts too few.
-        if self._only:
-            most = self._only.limit.current
-        else:
-            most = sum(each.limit.current for each in self.admissions)
-        for _ in range(min(len(self._queue), most - self._senders)):
+        places = self.places
+        ready = self._waiting.to_send(in_flight=self.in_flight, places=places)
+        for _ in range(min(ready, places - self._senders)):
             self._senders += 1
             self._spawn(self._send_lines())
 
     async def _send_lines(self) -> None:
         task = asyncio.current_task()
         assert task is not None  # noqa: S101
-        only = self._only
+        only, waiting = self._only, self._waiting
         try:
-            while self._queue:
+            while True:
                 if not self._gate.is_set():
                     await self._gate.wait()
                     continue
-                queued = self._queue.popleft()
+                places = self.places
+                queued = waiting.take(in_flight=self.in_flight, places=places)
+                if queued is None:
+                    break
                 owner, line = queued.owner, queued.line
-                self.queued_bytes -= len(line.body)
-                if not len(self._queue) % _TELL_EVERY:
+                waiting.weigh(owner.flow, -len(line.body))
+                if not len(waiting) % _TELL_EVERY or waiting.is_short(places):
                     self._wants_more()
                 if owner.is_stopping:
                     owner.drop(line)
@@ -223,11 +236,11 @@ class Lane:
                         self.admissions, line.model, now, avoid=queued.avoid
                     )
                 if verdict < Verdict.SEND or admission is None:
-                    self.queued_bytes += len(line.body)
+                    waiting.weigh(owner.flow, len(line.body))
                     if verdict is Verdict.PARK:
                         self._park(queued)
                         continue
-                    self._queue.appendleft(queued)
+                    waiting.give_back(owner.flow, queued)
                     self._restart_in_time(now)
                     break
                 ticket = admission.take(line.model, line.body, now)
@@ -256,7 +269,7 @@ class Lane:
         finally:
             self._senders -= 1
 
-    def _take_reply(self, queued: _Queued, ticket: Ticket, reply: Reply) -> None:
+    def _take_reply(self, queued: Queued, ticket: Ticket, reply: Reply) -> None:
         """Keep a reply, or try its line again, and let the upstream's door know."""
         owner, line, admission = queued.owner, queued.line, ticket.admission
         now = time.monotonic()
@@ -282,7 +295,7 @@ class Lane:
 
     def _try_again(
         self,
-        queued: _Queued,
+        queued: Queued,
         admission: Admission,
         reply: Reply,
         outcome: Outcome,
@@ -307,19 +320,19 @@ class Lane:
             return
         queued.attempt += not is_free
         queued.avoid = admission
-        self.queued_bytes += len(line.body)
+        self._waiting.weigh(owner.flow, len(line.body))
         if all(each.is_parking(line.model, now) for each in self.admissions):
             self._park(queued)
         elif outcome.is_free and choose(self.admissions, line.model, now)[0] >= Verdict.SEND:
-            self._queue.appendleft(queued)  # another upstream takes it at once
+            self._waiting.put_first(owner.flow, [queued])  # another upstream takes it at once
         else:
             timer = asyncio.get_running_loop().call_later(wait_s, self._put_back, queued)
             owner.timers[line.line] = (timer, line, self)
 
-    def _put_back(self, queued: _Queued) -> None:
+    def _put_back(self, queued: Queued) -> None:
         del queued.owner.timers[queued.line.line]
         # It has waited long enough: it goes before the lines that were never sent.
-        self._queue.appendleft(queued)
+        self._waiting.put_first(queued.owner.flow, [queued])
         self.start()
 
     def _restart_in_time(self, now: float) -> None:
@@ -336,7 +349,7 @@ class Lane:
 
     # Circuits
 
-    def _park(self, queued: _Queued) -> None:
+    def _park(self, queued: Queued) -> None:
         """Let a line wait until a circuit lets it pass."""
         model = queued.line.model
         self._parked.setdefault(model, deque()).append(queued)
@@ -369,9 +382,9 @@ class Lane:
         if not waiting or not count:
             return
         first = [waiting.popleft() for _ in range(count)]
-        for queued in first:
+        for queued in reversed(first):
             queued.owner.park(-1)
-        self._queue.extendleft(reversed(first))
+            self._waiting.put_first(queued.owner.flow, [queued])
         self.start()
 
     def _go_on(self, admission: Admission, model: str) -> None:

@@ -11,6 +11,9 @@ allow. It begins small and doubles while that brings more work done. Then it lis
 - without that, a small step up or down is tried now and then, and kept if it brings more work
   done, or as much with fewer requests: what more of them would do is wait in a queue unseen.
 
+Where several workers share the upstream, each has its part, the bound of its limit, which comes
+and goes. What the limit has found out outlasts a time with less.
+
 `TokenBucket` holds a rate, of requests or of tokens.
 """
 
@@ -41,6 +44,10 @@ _MANY_REFUSALS = 0.5
 _AS_MANY = 0.8
 """With more than this part of the refusals left after a cut, it has not helped."""
 _JUDGED_REPLIES = 50
+_ECHO_S = 2.0
+"""Refusals that several workers see within this time have one cause."""
+_STALE_S = 10.0
+"""Refusals of others from longer ago say nothing of now."""
 _GUIDED_S = 5.0
 """For how long a load that the engine told stays true."""
 _FULL_CACHE = 0.95
@@ -54,6 +61,7 @@ class Limiter(StrEnum):
     REFUSALS = "refusals"  # 429, 503 or time-outs
     ENGINE_QUEUE = "engine_queue"  # requests wait in the engine's queue
     LATENCY = "latency"  # more requests only take longer
+    SHARE = "share"  # other workers have the rest of it
     SETTING = "max_concurrency"
 
 
@@ -72,8 +80,15 @@ class ConcurrencyLimit:
 
     def __init__(self, policy: ConcurrencyPolicy) -> None:
         self._policy = policy
-        self.current = min(policy.initial, policy.most)
-        """Requests, at least 1."""
+        self._bound = policy.most
+        self._found = min(policy.initial, policy.most)
+        """What it would be but for the bound; at least 1."""
+        self.current = self._found
+        """Requests; 0 only if the bound is."""
+        self.cut_at = float("-inf")
+        """When refusals last cut it."""
+        self._heard_at = float("-inf")
+        """When those of others last did."""
         self._limiter = Limiter.START
         self._is_starting = True
         self._window_at = float("-inf")
@@ -99,7 +114,41 @@ class ConcurrencyLimit:
 
     @property
     def limiter(self) -> Limiter:
-        return Limiter.SETTING if self.current >= self._policy.most else self._limiter
+        if self.current >= self._policy.most:
+            return Limiter.SETTING
+        return Limiter.SHARE if self.current >= self._bound else self._limiter
+
+    @property
+    def wish(self) -> int:
+        """How many it would allow, or try to, had the worker the upstream to itself."""
+        return self._policy.most if self._found == self._bound else self._found
+
+    def set_bound(self, most: int, now: float) -> None:
+        """Allow so many at most, from 0 to what the settings say."""
+        bound, before = min(most, self._policy.most), self.current
+        may_grow = bound > self._bound and self._found == self._bound
+        self._bound = bound
+        self.current = min(self._found, bound)
+        if self.current != before or may_grow:
+            is_starting = self._is_starting or may_grow
+            self._settle(now)
+            self._is_starting = is_starting
+
+    def hear_refusal(self, now: float, *, refused_at: float) -> None:
+        """Hear that refusals have cut another worker's limit: cut this one's too, unless it has
+        been cut for the same reason.
+
+        Args:
+            refused_at: When that was.
+        """
+        known_at = max(self.cut_at, self._heard_at)
+        if refused_at <= known_at + _ECHO_S or now - refused_at > _STALE_S or not self.current:
+            return
+        self._heard_at = self._window_at = now
+        self._answered = self._refused = 0
+        self._cut = None
+        self._set(self.current // 2, Limiter.REFUSALS)
+        self._settle(now)
 
     def note_success(self, now: float, *, sent_at: float, work: int, in_flight: int) -> None:
         """Say that a request has succeeded.
@@ -128,7 +177,7 @@ class ConcurrencyLimit:
     def note_refusal(self, now: float, *, sent_at: float) -> None:
         """Say that the upstream refused a request because it has too many, or did not get to
         it in time."""
-        if sent_at <= self._window_at:
+        if sent_at <= self._window_at or not self.current:
             return  # it was on its way before the last cut
         self._refused += 1
         self._refusal_s = max(self._refusal_s, now - sent_at)
@@ -151,6 +200,7 @@ class ConcurrencyLimit:
             self._settle(now)
         elif is_bad or share > self._tolerated:
             self._cut = (self.current, share)
+            self.cut_at = now
             self._set(self.current // 2, Limiter.REFUSALS)
             self._settle(now)
         elif 2 * share < self._tolerated:
@@ -162,6 +212,8 @@ class ConcurrencyLimit:
     def note_load(self, load: EngineLoad, now: float, *, in_flight: int) -> None:
         """Say what the engine tells of itself."""
         self._guided_until = now + _GUIDED_S
+        if not self.current:
+            return
         excess = load.waiting - self._policy.queue_reserve
         if excess > 0:
             self._free_looks = 0
@@ -209,7 +261,7 @@ class ConcurrencyLimit:
         if self._before is not None and done < self._before * _ENOUGH_GAIN:
             self._is_starting = False
             self._set(self.current // 2, Limiter.LATENCY)
-        elif self.current >= self._policy.most:
+        elif self.current >= self._bound:
             self._is_starting = False
         else:
             self._before = done
@@ -247,7 +299,7 @@ class ConcurrencyLimit:
         if done >= needed:
             self._most_holds = 1
         else:
-            self.current = base
+            self._found, self.current = base, min(base, self._bound)
             self._is_next_up = not self._is_next_up
             self._most_holds = min(2 * self._most_holds, _MOST_HOLDS)
             self._holds = self._most_holds
@@ -263,7 +315,8 @@ class ConcurrencyLimit:
         self._begin_round(now)
 
     def _set(self, limit: int, limiter: Limiter) -> None:
-        self.current = max(min(limit, self._policy.most), 1)
+        self._found = max(min(limit, self._bound), 1)
+        self.current = min(self._found, self._bound)
         self._limiter = limiter
 
 
@@ -273,7 +326,7 @@ class TokenBucket:
     What costs more than there is may go as soon as there is anything: the bucket then owes it.
     """
 
-    def __init__(self, per_minute: int) -> None:
+    def __init__(self, per_minute: float) -> None:
         self._per_s = per_minute / 60
         self._most = max(self._per_s, 1.0)
         self._level = self._most
@@ -283,6 +336,19 @@ class TokenBucket:
         """Take from it; a negative amount gives back."""
         self._fill(now)
         self._level = min(self._level - amount, self._most)
+
+    def set_rate(self, now: float, per_minute: float, *, since: float) -> None:
+        """Fill it faster from now on, or slower. That brings no burst.
+
+        Args:
+            per_minute: Above 0.
+            since: When a lower rate has begun to count.
+        """
+        self._fill(now)
+        before, self._per_s = self._per_s, per_minute / 60
+        self._most = max(self._per_s, 1.0)
+        too_much = max(before - self._per_s, 0.0) * max(now - since, 0.0)
+        self._level = min(self._level - too_much, self._most)
 
     def ready_at(self, now: float) -> float:
         """When something may be taken; not after `now` if it may be now."""

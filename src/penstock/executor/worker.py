@@ -6,7 +6,7 @@ input file, spread over the lanes, and ended when each of its lines has a durabl
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,12 +19,13 @@ from penstock.errors import StorageUnavailable
 from penstock.executor.admission import Admission, AdmissionPolicy
 from penstock.executor.group import GroupCommit
 from penstock.executor.keeper import AGAIN_S, Keeper, explain
-from penstock.executor.lanes import Lane
+from penstock.executor.lanes import Lane, Queued
 from penstock.executor.order import by_prefix
 from penstock.executor.replies import reply_line
+from penstock.executor.waiting import Waiting, flow_of
 from penstock.jsonl import RequestLine, iter_requests
 from penstock.model import Slice, SliceId
-from penstock.store.base import ClaimedSlice, SliceReport, Store
+from penstock.store.base import Backlog, ClaimedSlice, SliceReport, Store
 from penstock.telemetry import Health, LaneGauges, Metrics
 from penstock.upstream.base import Failure, Reply
 from penstock.upstream.routes import Route, Routes
@@ -58,11 +59,12 @@ class WorkerOptions:
     """How long lines in flight may go on after a stop."""
     held_bytes: int = 8 << 20
     """How many bytes of unsent bodies are held, shared evenly by the upstreams; each may go
-    beyond its share by one slice."""
+    beyond its share by one slice, and up to twice the share for projects that have none."""
     parked_patience_s: float = 5.0
     """How long a slice is held of which nothing is left but lines that are parked."""
     lines_ahead: int = 512
-    """With fewer lines than this ready to be sent, a lane is given another slice."""
+    """With fewer lines than this ready to be sent, a lane is given another slice. Projects
+    that have none in it are given one at any time."""
 
 
 class HeldSlice:
@@ -71,6 +73,7 @@ class HeldSlice:
     def __init__(self, claimed: ClaimedSlice, keeper: Keeper, metrics: Metrics) -> None:
         self.slice = claimed.slice
         self.endpoint = claimed.endpoint
+        self.flow = flow_of(claimed)
         self.expires_at = float(claimed.expires_at)
         self.writer = SegmentWriter()  # until its own is opened
         self.is_stopping = False
@@ -152,8 +155,7 @@ class HeldSlice:
         timers, self.timers = self.timers, {}
         for timer, line, lane in timers.values():
             timer.cancel()
-            lane.queued_bytes -= len(line.body)
-            self.drop(line)
+            lane.drop(self, line)
 
     def abort(self) -> None:
         """Send nothing more and drop what is in flight."""
@@ -231,8 +233,9 @@ class Worker:
 
     # What the feeder asks
 
-    def has_room(self, piece: Slice) -> bool:
-        """Whether a slice would find a lane that is short of lines and may send some of it."""
+    def has_room(self, piece: Slice, batch: Backlog) -> bool:
+        """Whether a slice of a batch would find a lane that is short of its project's lines
+        and may send some of it."""
         if self._tasks is None or not self._gate.is_set() or self._stopping.is_set():
             return False
         lanes = list(self._lanes_of(piece.models))
@@ -240,8 +243,13 @@ class Worker:
             return self._unserved < self._options.held_bytes
         if self.is_blocked(piece):
             return False
-        # A mixed slice waits for its slowest upstream; slices of other models do not.
-        return any(lane.has_room for lane in lanes) and not any(lane.is_full for lane in lanes)
+        flow = flow_of(batch)
+        # A mixed slice waits for its slowest upstream; slices of other models do not. One of a
+        # background project finds room only where it is in no one's way.
+        find = all if flow.is_background else any
+        return find(lane.has_room(flow) for lane in lanes) and not any(
+            lane.is_full(flow) for lane in lanes
+        )
 
     def is_blocked(self, piece: Slice) -> bool:
         """Whether all lines of a slice would wait for upstreams that are left alone."""
@@ -254,14 +262,24 @@ class Worker:
         lane = self._lanes.get(route.name) if route else None
         return lane is not None and lane.is_blocked(model)
 
-    def expect(self, piece: Slice, *, sign: int = 1) -> None:
+    def expect(self, piece: Slice, batch: Backlog, *, sign: int = 1) -> None:
         """Count a slice that was handed to the engine (or, with -1, is held or came back)."""
         lanes = list(self._lanes_of(piece.models))
         for lane in lanes:
-            lane.expected += sign * (piece.requests // len(lanes))
-            lane.expected_bytes += sign * ((piece.end - piece.start) // len(lanes))
+            lane.expect(
+                flow_of(batch),
+                sign * (piece.requests // len(lanes)),
+                sign * ((piece.end - piece.start) // len(lanes)),
+            )
         if not lanes:
             self._unserved += sign * (piece.end - piece.start)
+
+    # What its budgets ask
+
+    @property
+    def lanes(self) -> Iterable[Lane]:
+        """Its lanes; none before it runs."""
+        return self._lanes.values()
 
     # The life of the worker
 
@@ -498,8 +516,10 @@ class Worker:
             gate=self._gate,
             spawn=self._tasks.create_task,
             wants_more=self._wants_more,
-            low_water=self._options.lines_ahead,
-            held_bytes=self._options.held_bytes // len(tuple(self._routes)),
+            waiting=Waiting[Queued](
+                low_water=self._options.lines_ahead,
+                held_bytes=self._options.held_bytes // len(tuple(self._routes)),
+            ),
         )
 
     def _lanes_of(self, models: tuple[str, ...]):

@@ -118,6 +118,9 @@ class ClaimedSlice:
     input_blob_key: str
     expires_at: int
     """When the batch's completion window closes."""
+    project_id: ProjectId
+    weight: int
+    is_background: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

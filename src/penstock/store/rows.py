@@ -21,6 +21,7 @@ from penstock.model import (
     File,
     Part,
     PartId,
+    ProjectId,
     Purpose,
     Slice,
     SliceStatus,
@@ -138,6 +139,9 @@ def to_claimed_slice(row: RowMapping) -> ClaimedSlice:
         endpoint=row["endpoint"],
         input_blob_key=row["input_blob_key"],
         expires_at=row["expires_at"],
+        project_id=ProjectId(row["project_id"]),
+        weight=row["weight"],
+        is_background=row["is_background"],
     )
 
 

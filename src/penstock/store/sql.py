@@ -593,8 +593,12 @@ _DUE_SLICES = (
         batches.c.endpoint,
         batches.c.input_blob_key,
         batches.c.expires_at,
+        batches.c.project_id,
+        projects.c.weight,
+        projects.c.is_background,
     )
-    .join(batches)
+    .join(batches, batches.c.id == slices.c.batch_id)
+    .join(projects, projects.c.id == batches.c.project_id)
     .where(
         _IS_ONE_OF_THEM,
         batches.c.status.in_(_CLAIMABLE),

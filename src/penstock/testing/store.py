@@ -260,6 +260,7 @@ class StoreContract:
         assert await store.ensure_project("red") == made
         assert made.name == "red"
         assert made.weight == 1
+        assert not made.is_background
 
     async def test_projects_of_two_names_are_two(self, store: Store) -> None:
         red = await store.ensure_project("red")

@@ -129,6 +129,7 @@ class SliceContract:
     # Claiming
 
     async def test_a_claim_brings_all_that_a_worker_needs(self, store: Store) -> None:
+        await store.ensure_project("red", weight=3, is_background=True)
         batch = await start(store)
 
         [only] = await claim(store, ids_of(1))
@@ -138,6 +139,9 @@ class SliceContract:
             endpoint=batch.endpoint,
             input_blob_key=batch.input_blob_key,
             expires_at=CLOSE,
+            project_id=batch.project_id,
+            weight=3,
+            is_background=True,
         )
         assert (await store.get_slices(BatchId("batch-1")))[1] == only.slice
 
