@@ -225,7 +225,7 @@ async def _work(
     options = _worker_options(settings, circuits, segments)
     members = Members(store=store, worker_id=options.worker_id, version=__version__)
     is_alone = settings.database_url is None
-    feeder = Feeder(store=store, engine=engine)
+    feeder = Feeder(store=store, engine=engine, share=members.share)
     worker = Worker(
         store=store,
         blobs=blobs,
