@@ -323,17 +323,20 @@ async def test_a_transaction_that_holds_a_job_holds_up_nothing_else(
         async with running(engine):
             await engine.enqueue([SLOW])
             await hands.until(lambda: hands.begun == [named(SLOW)])
-            async with running(other):
-                async with transaction() as connection:
-                    await engine.enqueue([SLOW], connection=connection)
-                    await asyncio.sleep(1.5)
-                    await engine.enqueue(MANY)
-                    await until(lambda: len(hands.begun + others.begun) == 1 + len(MANY))
-                    go_on.set()
-                    await hands.until_done(SLOW)
-                    await asyncio.sleep(0.3)
-                    assert (hands.begun + others.begun).count(named(SLOW)) == 1
-                await until(lambda: (hands.ended + others.ended).count(named(SLOW)) == 2)
+            async with transaction() as connection:
+                await engine.enqueue([SLOW], connection=connection)
+                await asyncio.sleep(1.5)
+                await engine.enqueue(MANY)
+                await hands.until_done(*MANY)
+                handing = asyncio.create_task(other.run())
+                await asyncio.sleep(0.5)
+                go_on.set()
+                await hands.until_done(SLOW)
+                await asyncio.sleep(0.3)
+                assert (hands.begun + others.begun).count(named(SLOW)) == 1
+            await until(lambda: (hands.ended + others.ended).count(named(SLOW)) == 2)
+            await other.stop()
+            await handing
 
 
 async def test_what_is_cut_off_when_the_engine_is_cancelled_is_done_again_at_once(
