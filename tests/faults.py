@@ -23,6 +23,10 @@ _TIMEOUT_S = 120
 JSONL = "tests/unit/test_jsonl.py"
 SEGMENTS = "tests/unit/test_segments.py"
 STORE = "tests/unit/test_store_sql.py"
+POSTGRES = "tests/integration/test_store_postgres.py"
+RACES = "tests/integration/test_store_races.py"
+STORE_OUTAGE = "tests/integration/test_store_outage.py"
+MIGRATIONS = "tests/integration/test_store_migrations.py"
 FEEDER = "tests/unit/test_feeder.py"
 RETRY = "tests/unit/test_retry.py"
 REPLIES = "tests/unit/test_replies.py"
@@ -116,6 +120,110 @@ FAULTS = [
         "== SliceStatus.ENDED).values(_GIVEN_BACK)",
         STORE,
         "dead",
+    ),
+    Fault(
+        "store: late slices are released while their lease runs",
+        "store/sql.py",
+        '.where(slices.c.lease_expires_at <= bindparam("now"))',
+        '.where(slices.c.lease_expires_at <= bindparam("now") + 30)',
+        STORE,
+        "release",
+    ),
+    Fault(
+        "store: two that stop the last slices at once miss it",
+        "store/sql.py",
+        "lock_rows(db, _LOCK_STOPPED,",
+        "(lambda *_: None)(db, _LOCK_STOPPED,",
+        RACES,
+        "last",
+    ),
+    Fault(
+        "store: a slice is claimed behind a cancel",
+        "store/sql.py",
+        "lock_rows(db, _KEEP_BATCHES_OF,",
+        "(lambda *_: None)(db, _KEEP_BATCHES_OF,",
+        RACES,
+        "cancel",
+    ),
+    Fault(
+        "store: a file goes while a batch takes it",
+        "store/sql.py",
+        "if needs_file and db.execute(_KEEP_FILE, key).first() is None:",
+        "if needs_file and db.execute(_GET_FILE, key).first() is None:",
+        RACES,
+        "file",
+    ),
+    Fault(
+        "store: two files with the same bytes both keep them",
+        "store/sql.py",
+        'lock_name(db, "blob", file.blob_key)',
+        "pass",
+        RACES,
+        "same_bytes",
+    ),
+    Fault(
+        "store: a request that reaches two hosts makes two objects",
+        "store/creations.py",
+        "lock_name(db,",
+        "(lambda *_: None)(db,",
+        RACES,
+        "request",
+    ),
+    Fault(
+        "store: two hosts put all their webhooks in force",
+        "store/sql_webhooks.py",
+        'lock_name(db, "webhooks")',
+        "pass",
+        RACES,
+        "webhooks",
+    ),
+    Fault(
+        "store: jobs of an attempt that came to nothing are kept",
+        "store/transactions.py",
+        "del jobs[given:]",
+        "pass",
+        STORE_OUTAGE,
+        "run_again",
+    ),
+    Fault(
+        "store: jobs are enqueued after the commit",
+        "store/postgres.py",
+        "                await finish(raw)\n                return result\n",
+        "            await finish(raw)\n            return result\n",
+        POSTGRES,
+        "enqueued",
+    ),
+    Fault(
+        "store: a connection to a server that has gone is used",
+        "store/postgres.py",
+        "if raw.is_closed() or",
+        "if",
+        STORE_OUTAGE,
+        "restarts",
+    ),
+    Fault(
+        "store: a call waits for ever for a server that stands still",
+        "store/postgres.py",
+        "timer = loop.call_later(_TRANSACTION_S, self._cut, raw)",
+        "timer = loop.call_later(12, self._cut, raw)",
+        STORE_OUTAGE,
+        "stands_still",
+    ),
+    Fault(
+        "store: two hosts migrate at once",
+        "store/postgres.py",
+        "        if is_mine:\n",
+        "        if True:\n",
+        MIGRATIONS,
+        "migrate_at_once or waits_for_one",
+    ),
+    Fault(
+        "store: a schema that is too new is worked with",
+        "store/migrations/__init__.py",
+        "if floor > HEAD:",
+        "if False:",
+        STORE,
+        "newer",
     ),
     # Worker, lanes, keeper
     Fault(
