@@ -160,7 +160,10 @@ def _address(listener: socket.socket) -> str:
 
 def greeting(address: str, app: App, settings: Settings) -> str:
     """What `serve` prints once it answers."""
-    lines = [f"Penstock {__version__} listens on {address} (data in {settings.data_dir})."]
+    where = (
+        f"data in {settings.data_dir}" if settings.database_url is None else "a cluster's API"
+    )
+    lines = [f"Penstock {__version__} listens on {address} ({where})."]
     if not settings.upstreams:
         lines.append(
             "There is no upstream yet, so every batch will fail: add --upstream URL or an "
