@@ -33,6 +33,9 @@ REPLIES = "tests/unit/test_replies.py"
 RULES = "tests/unit/test_lifecycle_rules.py"
 GROUP = "tests/unit/test_group.py"
 BLOBS = "tests/unit/test_blobs.py"
+OBJECT_BLOBS = "tests/integration/test_object_blobs.py"
+OBJECT_SEGMENTS = "tests/unit/test_object_segments.py"
+STORAGE = "tests/unit/test_storage.py"
 ENGINE = "tests/unit/test_engine.py"
 SHARED_ENGINE = "tests/integration/test_engine_postgres.py"
 RUNNING = "tests/integration/test_running.py"
@@ -646,6 +649,143 @@ FAULTS = [
         "        except ZeroDivisionError as error:\n            if source_error",
         BLOBS,
         "full_disk",
+    ),
+    # Objects
+    Fault(
+        "objects: a cancelled put leaves its parts",
+        "blobs/objects.py",
+        "            handing.give_up()\n            await self._take_back(key, writing)",
+        "            writing.cancel()",
+        OBJECT_BLOBS,
+        "taken_back",
+    ),
+    Fault(
+        "objects: a write whose answer was lost stays",
+        "blobs/objects.py",
+        "                await obstore.delete_async(self._store, key)\n\n    async def size",
+        "                pass\n\n    async def size",
+        OBJECT_BLOBS,
+        "answer_is_lost",
+    ),
+    Fault(
+        "objects: an upload that ended is given up",
+        "blobs/objects.py",
+        "if parts_bytes and names_no_upload(error)",
+        "if not parts_bytes and names_no_upload(error)",
+        OBJECT_BLOBS,
+        "told_twice",
+    ),
+    Fault(
+        "objects: every blob goes up in parts",
+        "blobs/objects.py",
+        "if size > PART_BYTES:",
+        "if size >= 0:",
+        OBJECT_BLOBS,
+        "takes_one_request",
+    ),
+    Fault(
+        "objects: a bucket that is not there is a missing blob",
+        "blobs/objects.py",
+        "isinstance(error, FileNotFoundError) and not names_no_bucket(error)",
+        "isinstance(error, FileNotFoundError)",
+        OBJECT_BLOBS,
+        "bucket_that",
+    ),
+    Fault(
+        "storage: a secret of a URL is told",
+        "blobs/storage.py",
+        ".partition('#')[0].rpartition('@')[2]",
+        ".partition('#')[0]",
+        STORAGE,
+        "secrets",
+    ),
+    Fault(
+        "storage: a signed address is told",
+        "blobs/storage_errors.py",
+        '_ADDRESS.sub("…", line)',
+        "line",
+        STORAGE,
+        "trouble",
+    ),
+    Fault(
+        "object segments: who lost its slice is not told",
+        "blobs/object_segments.py",
+        "                lost.add(writer)\n                writer.give_up()",
+        "                lost.add(writer)",
+        OBJECT_SEGMENTS,
+        "is_told",
+    ),
+    Fault(
+        "object segments: a name is given twice",
+        "blobs/object_segments.py",
+        "                writer.renumber()",
+        "                pass",
+        OBJECT_SEGMENTS,
+        "answer_was_lost",
+    ),
+    Fault(
+        "object segments: what lacks replies is taken for whole",
+        "blobs/object_segments.py",
+        "!= writer.requests:",
+        "> writer.requests:",
+        OBJECT_SEGMENTS,
+        "not_taken_for_whole",
+    ),
+    Fault(
+        "object segments: replaced objects stay",
+        "blobs/object_segments.py",
+        "                unused += stored.replaces or ()\n",
+        "",
+        OBJECT_SEGMENTS,
+        "sealed_object",
+    ),
+    Fault(
+        "object segments: replaced objects count as lost",
+        "blobs/object_segments.py",
+        "if None not in sources or rows == before:",
+        "if True:",
+        OBJECT_SEGMENTS,
+        "becomes_whole",
+    ),
+    Fault(
+        "object segments: what was fetched ahead is not used",
+        "blobs/object_segments.py",
+        "getting = self._ahead.take(row.key) or",
+        "getting = None or",
+        OBJECT_SEGMENTS,
+        "fetched_ahead",
+    ),
+    Fault(
+        "object segments: one that fails holds up the others",
+        "blobs/object_segments.py",
+        "            if (stored := writer.stored) is not None:",
+        "            if (stored := writer.stored) is not None and not any(failures):",
+        OBJECT_SEGMENTS,
+        "could_be_stored",
+    ),
+    Fault(
+        "object segments: what no row names stays",
+        "blobs/object_segments.py",
+        "            keys.add(key)",
+        "            pass",
+        OBJECT_SEGMENTS,
+        "no_row_names",
+    ),
+    Fault(
+        "store: an object is named whoever holds its slice",
+        "store/sql_segments.py",
+        "if attempts.get(id_) == each.attempt:",
+        "if id_ in attempts:",
+        STORE,
+        "lost_its_slice",
+    ),
+    Fault(
+        "store: who lost the slice replaces its objects",
+        "store/sql_segments.py",
+        "if _lock(db, [id_]).get(id_) != whole.attempt:",
+        "if not _lock(db, [id_]):",
+        STORE,
+        "replaces_nothing",
     ),
     # Engine
     Fault(

@@ -148,7 +148,7 @@ Rule = Callable[[str, str], int | str | None]
 answer; "stall" never answers, "cut" breaks the connection, "cut answer" does so in the middle
 of the server's answer, "lose answer" in place of it."""
 
-_CODES = {403: "AccessDenied", 503: "SlowDown", 507: "InsufficientStorage"}
+_CODES = {403: "AccessDenied", 404: "NoSuchUpload", 503: "SlowDown", 507: "InsufficientStorage"}
 
 
 class Proxy:

@@ -3,6 +3,7 @@ and a server that misbehaves."""
 
 import asyncio
 import re
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 
@@ -226,16 +227,76 @@ async def test_an_upload_whose_end_is_told_twice_has_ended(
     hurt: ObjectBlobs, proxy: Proxy, raw: S3Bucket
 ) -> None:
     """The answer to the first was lost, and to the second there is no such upload."""
-    failures = iter(["lose answer"])
+    answers = iter(["lose answer", 404])
 
-    def rule(method: str, path: str) -> str | None:
-        return next(failures, None) if method == "POST" and "uploadId" in path else None
+    def rule(method: str, path: str) -> str | int | None:
+        return next(answers, None) if method == "POST" and "uploadId" in path else None
 
     proxy.rule = rule
     size = await hurt.put("files/a", chunks_of(*TWO_PARTS))
 
     assert raw.get("files/a") == b"".join(TWO_PARTS)
     assert size == len(b"".join(TWO_PARTS))
+
+
+async def test_an_upload_that_somebody_gave_up_has_not_ended(
+    hurt: ObjectBlobs, proxy: Proxy, raw: S3Bucket
+) -> None:
+    """As the lifecycle rule of a bucket does, if it comes too soon."""
+    proxy.rule = lambda method, path: 404 if method == "POST" and "uploadId" in path else None
+
+    with pytest.raises(StorageUnavailable, match="NoSuchUpload"):
+        await hurt.put("files/a", chunks_of(*TWO_PARTS))
+
+    assert raw.everything() == []
+
+
+@pytest.mark.parametrize("way", ["put", "put_made"])
+@pytest.mark.parametrize("parts", [1, 3])
+async def test_parts_are_taken_back_when_the_caller_is_cancelled(
+    blobs: ObjectBlobs, raw: S3Bucket, way: str, parts: int
+) -> None:
+    begun = threading.Event()
+    go_on = asyncio.Event()
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(parts * 8 + 1):
+            yield bytes(MB)
+        begun.set()
+        await go_on.wait()
+
+    def pieces() -> Iterator[list[bytes]]:
+        for _ in range(parts * 8 + 1):
+            yield [bytes(MB)]
+        begun.set()
+        time.sleep(0.1)
+        yield [bytes(MB)]
+
+    write = blobs.put("files/a", chunks()) if way == "put" else None
+    putting = asyncio.create_task(write or blobs.put_made("files/a", pieces()))
+    assert await asyncio.to_thread(begun.wait, 10)
+    putting.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await putting
+    assert raw.everything() == []
+
+
+async def test_parts_are_taken_back_when_the_source_fails(
+    blobs: ObjectBlobs, raw: S3Bucket
+) -> None:
+    class Refused(Exception):
+        pass
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(20):
+            yield bytes(MB)
+        raise Refused
+
+    with pytest.raises(Refused):
+        await blobs.put("files/a", chunks())
+
+    assert raw.everything() == []
 
 
 async def test_a_write_is_tried_again(hurt: ObjectBlobs, proxy: Proxy, raw: S3Bucket) -> None:

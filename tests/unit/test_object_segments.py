@@ -283,6 +283,7 @@ def test_a_slice_whose_earlier_replies_are_gone_is_not_taken_for_whole(
     [gone] = ground.stored()
     append(writer, 3, 4)
     ground.segments.flush([writer])
+    data = ground.get(gone)
     ground.remove(gone)
     append(writer, *range(5, 11))
 
@@ -290,6 +291,9 @@ def test_a_slice_whose_earlier_replies_are_gone_is_not_taken_for_whole(
 
     found = replies_of(ground.segments.read(BATCH, 0, attempt=1))
     assert found == {line: payload(line) for line in range(3, 11)}
+    ground.set(gone, data)  # it still counts, should it come back
+    assert len(replies_of(ground.segments.read(BATCH, 0, attempt=1))) == LINES
+    ground.remove(gone)
     again = ground.segments.open(BATCH, 0, ground.claim(), requests=LINES)
     append(again, 1, 2)
     ground.segments.flush([again])
