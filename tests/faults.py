@@ -48,6 +48,8 @@ ADMISSION = "tests/unit/test_admission.py"
 CIRCUIT = "tests/unit/test_circuit.py"
 LIMITS = "tests/unit/test_limits.py"
 OUTAGE = "tests/integration/test_outage.py"
+SHARES = "tests/unit/test_shares.py"
+WAITING = "tests/unit/test_waiting.py"
 
 
 @dataclass(frozen=True)
@@ -327,10 +329,60 @@ FAULTS = [
     Fault(
         "feeder: a newcomer makes up for the past",
         "executor/feeder.py",
-        "self._strides.get(p, least)",
-        "self._strides.get(p, 0.0)",
+        "(p, strides.get(p, least))",
+        "(p, strides.get(p, 0.0))",
         FEEDER,
         "late",
+    ),
+    Fault(
+        "shares: more than the others leave",
+        "shares.py",
+        "max(whole.concurrency - sum(each.concurrency for each in held), 0)",
+        "whole.concurrency",
+        SHARES,
+    ),
+    Fault(
+        "shares: what is in flight is given away",
+        "shares.py",
+        "max(part.concurrency, min(in_flight, mine.holds.concurrency))",
+        "part.concurrency",
+        SHARES,
+    ),
+    Fault(
+        "budgets: a lease that has ended comes back",
+        "store/sql_budgets.py",
+        "budget_leases.c.expires_at <= bindparam(",
+        "budget_leases.c.expires_at < bindparam(",
+        STORE,
+        "dead_worker_s_part",
+    ),
+    Fault(
+        "admission: lines are sent after the lease",
+        "executor/admission.py",
+        "            or now >= self._leased_until\n",
+        "",
+        ADMISSION,
+    ),
+    Fault(
+        "admission: more is sent while a part is asked for",
+        "executor/admission.py",
+        "self._most = min(self._most, self.in_flight)",
+        "pass",
+        ADMISSION,
+    ),
+    Fault(
+        "waiting: background lines take the last places",
+        "executor/waiting.py",
+        "places - max(places // _KEPT_FREE, 1) if places > 1 else places",
+        "places",
+        WAITING,
+    ),
+    Fault(
+        "waiting: a newcomer waits behind all others",
+        "executor/waiting.py",
+        " or not normal.ahead_of(flow)",
+        "",
+        WAITING,
     ),
     Fault(
         "feeder: deadlines do not count",

@@ -13,6 +13,7 @@ from penstock.executor.admission import (
 )
 from penstock.executor.circuit import CircuitPolicy
 from penstock.executor.limits import ConcurrencyPolicy, Limiter
+from penstock.shares import Part
 from penstock.upstream.base import EngineLoad, Failure, Reply
 
 BODY = b'{"max_tokens":100}'
@@ -224,3 +225,87 @@ def test_a_line_waits_if_none_takes_it_and_is_parked_if_all_are_down() -> None:
 
     assert choose([down, full], "m", 0.5) == (Verdict.WAIT, None)
     assert choose([down], "m", 0.5) == (Verdict.PARK, None)
+
+
+# A part of an upstream that is shared
+
+
+def shared(*, most: int = 10, **rest: int) -> Admission:
+    policy = AdmissionPolicy(
+        concurrency=ConcurrencyPolicy(most=most, initial=most), is_shared=True, **rest
+    )
+    return Admission(Nowhere("a"), policy)
+
+
+def give(one: Admission, concurrency: int, now: float = 0.0, **rates: float) -> None:
+    part = Part(concurrency=concurrency, **rates)
+    one.take_part(part, now, asked_at=now, until=now + 8)
+
+
+def test_what_is_shared_sends_nothing_without_a_part() -> None:
+    one = shared()
+
+    assert one.look("m", 0) is Verdict.WAIT
+    assert one.hindrance(0) is Hindrance.LEASE
+    give(one, 2)
+    assert one.look("m", 0) is Verdict.SEND
+
+
+def test_it_sends_no_more_than_its_part_and_nothing_after_its_lease() -> None:
+    one = shared()
+    give(one, 2)
+    one.take("m", BODY, 0)
+    assert one.look("m", 7.9) is Verdict.SEND
+    assert one.look("m", 8) is Verdict.WAIT
+    one.take("m", BODY, 0)
+
+    assert one.look("m", 1) is Verdict.WAIT
+    assert one.hindrance(1) is Limiter.SHARE
+
+
+def test_while_it_asks_for_a_part_it_sends_no_more_than_it_has() -> None:
+    one = shared()
+    give(one, 5)
+    ticket = one.take("m", BODY, 0)
+
+    assert one.freeze() == 1
+    assert one.look("m", 1) is Verdict.WAIT
+    one.forget(ticket, "m")
+    assert one.look("m", 1) is Verdict.SEND
+    assert one.freeze() == 0
+    assert one.look("m", 1) is Verdict.WAIT
+    give(one, 5, 1)
+    assert one.look("m", 1) is Verdict.SEND
+
+
+def test_its_rates_are_those_of_its_part() -> None:
+    one = shared(requests_per_minute=600)
+    give(one, 5, requests_per_minute=60)
+    assert one.look("m", 0) is Verdict.SEND
+    one.take("m", BODY, 0)
+    assert one.look("m", 0.9) is Verdict.WAIT
+    give(one, 5, 0.9, requests_per_minute=600)
+
+    assert one.ready_at() == pytest.approx(0.91)
+
+
+def test_it_wants_what_waits_and_what_it_has_up_to_what_its_limit_would_allow() -> None:
+    one = shared(most=10)
+    give(one, 2)
+    one.take("m", BODY, 0)
+
+    assert one.demand(3) == 4
+    assert one.demand(300) == 10
+
+
+def test_it_is_held_by_what_others_were_told_but_for_a_minute_at_most() -> None:
+    one = shared()
+    give(one, 5)
+    one.hear(0, refused_at=None, held_until=5)
+    assert one.look("m", 4.9) is Verdict.WAIT
+    assert one.held_until == 5
+    one.hear(0, refused_at=None, held_until=3600)
+    assert one.held_until == 60
+
+    one.hear(0, refused_at=0, held_until=None)
+    assert one.limit.current == 2
