@@ -34,6 +34,7 @@ from penstock.engine.memory import MemoryEngine
 from penstock.engine.postgres import PostgresEngine
 from penstock.errors import DataDirInUse, InvalidSettings, StorageUnavailable
 from penstock.executor.admission import AdmissionPolicy
+from penstock.executor.budgets import Budgets
 from penstock.executor.circuit import CircuitPolicy
 from penstock.executor.feeder import Feeder
 from penstock.executor.lifecycle import Lifecycle, LifecycleOptions
@@ -232,7 +233,7 @@ async def _work(
         segments=segments,
         routes=routes,
         policies={
-            upstream.name: _admission_policy(upstream, circuits)
+            upstream.name: _admission_policy(upstream, circuits, is_shared=not is_alone)
             for upstream in settings.upstreams
         },
         health=ground.health,
@@ -242,6 +243,13 @@ async def _work(
         took=feeder.hold,
     )
     feeder.serve(worker)
+    budgets = Budgets(
+        store=store,
+        lanes=lambda: worker.lanes,
+        worker_id=options.worker_id,
+        health=ground.health,
+        clock=clock.now,
+    )
     lifecycle = Lifecycle(
         store=store,
         blobs=blobs,
@@ -285,6 +293,7 @@ async def _work(
         async with _plain_errors(), asyncio.TaskGroup() as tasks:
             working = tasks.create_task(worker.run())
             handing = tasks.create_task(engine.run())
+            sharing = None if is_alone else tasks.create_task(budgets.run())
             others = [tasks.create_task(loop) for loop in loops]
             try:
                 yield
@@ -295,6 +304,8 @@ async def _work(
                 deliverer.stop()
                 await _end(engine, settings.server.shutdown_grace_s + _DRAIN_S)
                 handing.cancel()
+                if sharing is not None:
+                    sharing.cancel()  # only now, for lines that were in flight took their part
                 worker.close()
                 working.cancel()
     finally:
@@ -446,8 +457,11 @@ def _make_upstream(upstream: Upstream) -> OpenAIHttpUpstream:
     )
 
 
-def _admission_policy(upstream: Upstream, circuits: CircuitPolicy) -> AdmissionPolicy:
+def _admission_policy(
+    upstream: Upstream, circuits: CircuitPolicy, *, is_shared: bool
+) -> AdmissionPolicy:
     return AdmissionPolicy(
+        is_shared=is_shared,
         concurrency=ConcurrencyPolicy(
             most=upstream.max_concurrency,
             initial=upstream.initial_concurrency,

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from penstock.blobs.objects import ObjectBlobs
-from penstock.blobs.segments import LocalSegments
-from penstock.engine.pgqueuer import MemoryEngine
+from penstock.blobs.folder import FolderBlobs
+from penstock.blobs.local_segments import LocalSegments
+from penstock.engine.memory import MemoryEngine
 from penstock.executor.admission import Admission, AdmissionPolicy
 from penstock.executor.budgets import Budgets, is_due
 from penstock.executor.feeder import Feeder
@@ -79,7 +79,7 @@ async def fill(data_dir: Path, name: str, *, slices: int, project: str = "p") ->
     async def chunks() -> AsyncIterator[bytes]:
         yield data
 
-    await ObjectBlobs(data_dir / "blobs").put(key, chunks())
+    await FolderBlobs(data_dir / "blobs").put(key, chunks())
     store = SqlStore(store_url(data_dir))
     await store.open()
     owner = await store.ensure_project(project)
@@ -153,7 +153,7 @@ async def working(
     )
     worker = Worker(
         store=store,
-        blobs=ObjectBlobs(data_dir / "blobs"),
+        blobs=FolderBlobs(data_dir / "blobs"),
         segments=LocalSegments(data_dir / "segments"),
         routes=routes,
         policies={"one": policy},
