@@ -312,7 +312,8 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slice:
-    """A run of neighbouring requests of one batch: the unit that is claimed and counted."""
+    """Requests of one batch that lie near each other and go the same way: the unit that is
+    claimed and counted."""
 
     batch_id: BatchId
     index: int
@@ -322,11 +323,12 @@ class Slice:
     end: int
     """Offset after its last byte."""
     first_line: int
-    """Number of its first request's line in the input file, from 1."""
+    """Number of the first request's line of its range in the input file, from 1."""
     requests: int
     """How many requests it holds; blank lines between them are not counted."""
     models: tuple[str, ...]
-    """The models that its requests name, each once."""
+    """The models that its requests name, each once. Requests of other models in its range
+    belong to other slices of the same range."""
     status: SliceStatus = SliceStatus.PENDING
     attempt: int = 0
     """How often it was claimed; fences every write about it."""

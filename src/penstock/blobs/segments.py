@@ -273,6 +273,16 @@ class SliceReplies:
                 places[record.line] = (reader, record)
         self._places = places
 
+    @classmethod
+    def of_all(cls, parts: "Sequence[SliceReplies]") -> "SliceReplies":
+        """The replies of slices that share one range of the input, as if they were one slice;
+        closes them all when it is closed."""
+        whole = cls([])
+        for part in parts:
+            whole._readers += part._readers
+            whole._places |= part._places
+        return whole
+
     @property
     def lines(self) -> set[int]:
         """The lines that have a reply."""

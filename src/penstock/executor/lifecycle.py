@@ -10,9 +10,10 @@ import asyncio
 import hashlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import groupby
 from weakref import WeakValueDictionary
 
 import msgspec
@@ -22,6 +23,7 @@ from penstock.blobs.base import Blobs
 from penstock.blobs.segments import Kind, LocalSegments, SliceReplies
 from penstock.engine.base import Engine
 from penstock.errors import Conflict, NotFound, PenstockError, StorageUnavailable
+from penstock.executor.partial import iter_slices
 from penstock.executor.replies import BATCH_CANCELLED, BATCH_EXPIRED, error_line
 from penstock.jsonl import CheckedInput, InputChecker, InputRules, iter_requests
 from penstock.model import (
@@ -127,6 +129,10 @@ class _Found:
     @property
     def missing(self) -> int:
         return self.piece.requests - self.completed - self.failed
+
+    def has(self, kind: Kind) -> bool:
+        """Whether any of its lines goes into this result file."""
+        return bool(self.completed if kind is Kind.OUTPUT else self.failed or self.missing)
 
 
 class Lifecycle:
@@ -264,7 +270,7 @@ class Lifecycle:
             await self._engine.cancel(
                 [
                     Job(kind=JobKind.SLICE, id=piece.id)
-                    async for piece in self._iter_slices(batch_id)
+                    async for piece in iter_slices(self._store, batch_id)
                     if piece.status is not SliceStatus.ENDED
                 ]
             )
@@ -302,7 +308,7 @@ class Lifecycle:
         Returns:
             False if replies were missing: their slices are open again, and nothing was kept.
         """
-        found = [await self._find(piece) async for piece in self._iter_slices(batch.id)]
+        found = [await self._find(piece) async for piece in iter_slices(self._store, batch.id)]
         completed = sum(each.completed for each in found)
         failed = sum(each.failed for each in found)
         missing = sum(each.missing for each in found)
@@ -399,22 +405,24 @@ class Lifecycle:
             _Gap: At the end, if replies are missing.
         """
         gaps: list[SliceId] = []
-        for each in found:
-            if kind is Kind.OUTPUT and not each.completed:
-                continue
-            if kind is Kind.ERROR and not (each.failed or each.missing):
-                continue
-            opened = self._open(each)
-            if opened is None:
-                gaps.append(each.piece.id)
-                continue
-            with opened as replies:
+        wanted = (each for each in found if each.has(kind))
+        # Slices of one range of the input hold lines that lie between each other.
+        for _, block in groupby(wanted, key=lambda each: each.piece.start):
+            each_of_block = list(block)
+            opened = [self._open(each) for each in each_of_block]
+            with SliceReplies.of_all([each for each in opened if each is not None]) as replies:
+                gaps += [
+                    each.piece.id
+                    for each, its in zip(each_of_block, opened, strict=True)
+                    if its is None
+                ]
                 if gaps:
                     continue
                 never_run: dict[int, bytes] = {}
-                if kind is Kind.ERROR and each.missing:
-                    asked = self._never_run(batch, each.piece, replies.lines)
-                    never_run = asyncio.run_coroutine_threadsafe(asked, loop).result()
+                for each in each_of_block:
+                    if kind is Kind.ERROR and each.missing:
+                        asked = self._never_run(batch, each.piece, replies.lines)
+                        never_run |= asyncio.run_coroutine_threadsafe(asked, loop).result()
                 for piece in replies.iter_pieces(kind, others=never_run):
                     digest(piece)
                     yield piece
@@ -442,7 +450,9 @@ class Lifecycle:
             data = await self._blobs.get_range(batch.input_blob_key, piece.start, piece.end)
             return {
                 request.line: error_line(request.custom_id, code, message)
-                for request in iter_requests(data, first_line=piece.first_line)
+                for request in iter_requests(
+                    data, first_line=piece.first_line, models=piece.models
+                )
                 if request.line not in have
             }
         except (NotFound, msgspec.DecodeError) as error:
@@ -464,13 +474,6 @@ class Lifecycle:
         if batch.input_blob_key:
             unused = await self._store.unused_blobs([batch.input_blob_key])
             await self._blobs.delete(list(unused))
-
-    async def _iter_slices(self, batch_id: BatchId) -> AsyncIterator[Slice]:
-        after = -1
-        while page := await self._store.get_slices(batch_id, after=after):
-            for piece in page:
-                yield piece
-            after = page[-1].index
 
 
 def _unreadable(batch: Batch) -> CheckedInput:

@@ -358,7 +358,7 @@ class Worker:
         )
         missing = [
             line
-            for line in iter_requests(data, first_line=piece.first_line)
+            for line in iter_requests(data, first_line=piece.first_line, models=piece.models)
             if line.line not in held.writer.lines
         ]
         held.begin(len(missing))

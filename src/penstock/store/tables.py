@@ -66,9 +66,7 @@ projects = Table(
     Column("name", Text, nullable=False, unique=True),
     Column("weight", Integer, nullable=False),
     # Whether its lines run only where others leave room.
-    Column(
-        "is_background", Boolean, nullable=False, default=False, server_default=false()
-    ),
+    Column("is_background", Boolean, nullable=False, default=False, server_default=false()),
     CheckConstraint("weight >= 1", name="weight"),
 )
 
