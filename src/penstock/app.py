@@ -20,7 +20,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncGenerator, Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -37,9 +37,17 @@ from penstock.executor.circuit import CircuitPolicy
 from penstock.executor.feeder import Feeder
 from penstock.executor.lifecycle import Lifecycle, LifecycleOptions
 from penstock.executor.limits import ConcurrencyPolicy
+from penstock.executor.native import NativePolicy, NativeRunner
+from penstock.executor.native_lines import Collector
+from penstock.executor.native_plan import NativePlanner
 from penstock.executor.partial import PartialResults
 from penstock.executor.retry import RetryPolicy
-from penstock.executor.upkeep import keep_up, recover, watch_deliveries
+from penstock.executor.upkeep import (
+    keep_up,
+    recover,
+    watch_deliveries,
+    watch_native_runs,
+)
 from penstock.executor.webhooks import Deliverer, DeliveryPolicy
 from penstock.executor.worker import Worker, WorkerOptions
 from penstock.keys import key_digest, key_hint, new_key
@@ -50,8 +58,11 @@ from penstock.settings import DEFAULT_PROJECT, Settings, Upstream
 from penstock.store.sql import SqlStore
 from penstock.telemetry import Health, Metrics
 from penstock.uploads import Uploads
+from penstock.upstream.base import BatchUpstream
+from penstock.upstream.kinds import KINDS
+from penstock.upstream.openai_batch import DIALECTS, OpenAIBatchUpstream
 from penstock.upstream.openai_http import OpenAIHttpUpstream
-from penstock.upstream.routes import Route, Routes
+from penstock.upstream.routes import NativeUse, Route, Routes
 from penstock.upstream.webhook import WebhookTarget
 from penstock.upstream.webhook_http import HttpWebhookSender
 
@@ -59,6 +70,7 @@ _log = structlog.get_logger()
 
 _DELIVERIES = DeliveryPolicy()
 _CIRCUITS = CircuitPolicy()
+_NATIVES = NativePolicy()
 _FILE_LIFE_S = 30 * 86400
 """How long input and result files are kept, as OpenAI keeps them."""
 _GARBAGE = 20_000
@@ -88,12 +100,14 @@ async def open_app(
     *,
     deliveries: DeliveryPolicy = _DELIVERIES,
     circuits: CircuitPolicy = _CIRCUITS,
+    natives: NativePolicy = _NATIVES,
 ) -> AsyncGenerator[App]:
     """Take up the work of a data directory, and leave it in good order at the end.
 
     Args:
         deliveries: How patient to be with webhooks.
         circuits: When to leave an upstream alone that fails.
+        natives: How patient to be with providers' batch APIs.
 
     Raises:
         DataDirInUse: Another process works in it.
@@ -109,6 +123,7 @@ async def open_app(
         segments = LocalSegments(data_dir / "segments")
         routes = _make_routes(settings)
         feeder = Feeder(store=store, engine=engine)
+        options = _worker_options(settings, circuits)
         worker = Worker(
             store=store,
             blobs=blobs,
@@ -120,25 +135,45 @@ async def open_app(
             },
             health=health,
             metrics=metrics,
-            options=_worker_options(settings, circuits),
+            options=options,
             wants_more=feeder.has_room,
             took=feeder.hold,
         )
         feeder.serve(worker)
+        runner = NativeRunner(
+            store=store,
+            engine=engine,
+            blobs=blobs,
+            routes=routes,
+            collector=Collector(
+                store=store,
+                blobs=blobs,
+                segments=segments,
+                health=health,
+                stats=metrics.work,
+                worker_id=options.worker_id,
+                lease_s=options.lease_s,
+            ),
+            policy=replace(natives, cancel_grace_s=options.cancel_grace_s),
+            feed=feeder.poke,
+            stop_grace_s=settings.server.shutdown_grace_s,
+        )
         lifecycle = Lifecycle(
             store=store,
             blobs=blobs,
             segments=segments,
             engine=engine,
-            accepts_model=lambda model: routes.find(model) is not None,
+            accepts_model=lambda model, name: routes.find(model, upstream=name) is not None,
             options=_lifecycle_options(settings),
             feed=feeder.poke,
             stats=metrics.work,
+            natives=NativePlanner(routes),
         )
         engine.handle(JobKind.VALIDATE, lifecycle.validate)
         engine.handle(JobKind.SLICE, worker.run_slice)
         engine.handle(JobKind.FINALIZE, lifecycle.settle)
         engine.handle(JobKind.EXPIRE, lifecycle.settle)
+        engine.handle(JobKind.NATIVE, runner.advance)
         service = Service(
             store=store,
             blobs=blobs,
@@ -162,7 +197,13 @@ async def open_app(
             engine.handle(JobKind.WEBHOOK, deliverer.deliver)
             first_key = await _ensure_key(settings, store, project_id)
             await asyncio.to_thread(blobs.delete_leftovers)
-            await recover(store=store, blobs=blobs, segments=segments, engine=engine)
+            await recover(
+                store=store,
+                blobs=blobs,
+                segments=segments,
+                engine=engine,
+                find_after_s=routes.find_after_s,
+            )
             async with _plain_errors(), asyncio.TaskGroup() as tasks:
                 working = tasks.create_task(worker.run())
                 handing = tasks.create_task(engine.run())
@@ -170,6 +211,7 @@ async def open_app(
                     tasks.create_task(feeder.run()),
                     tasks.create_task(keep_up(store=store, blobs=blobs)),
                     tasks.create_task(watch_deliveries(store=store, engine=engine)),
+                    tasks.create_task(watch_native_runs(store=store, engine=engine)),
                 ]
                 try:
                     yield App(service, uploads, health, metrics, project_id, first_key)
@@ -178,6 +220,7 @@ async def open_app(
                         other.cancel()
                     worker.stop()
                     deliverer.stop()
+                    runner.stop()
                     await _end(engine, settings.server.shutdown_grace_s + _DRAIN_S)
                     handing.cancel()
                     worker.close()
@@ -396,7 +439,10 @@ def _make_routes(settings: Settings) -> Routes:
     return Routes(
         [
             Route(
-                name=name, upstreams=tuple(map(_make_upstream, group)), models=group[0].models
+                name=name,
+                upstreams=tuple(map(_make_upstream, group)),
+                models=group[0].models,
+                native=_make_native(group[0]),
             )
             for name, group in members.items()
         ]
@@ -414,6 +460,29 @@ def _make_upstream(upstream: Upstream) -> OpenAIHttpUpstream:
         first_byte_timeout_s=upstream.first_byte_timeout_s,
         silence_timeout_s=upstream.silence_timeout_s,
         streams=upstream.stream,
+    )
+
+
+_BATCH_ADAPTERS: dict[str, Callable[[Upstream], BatchUpstream]] = {
+    "openai": lambda upstream: OpenAIBatchUpstream(
+        name=upstream.name,
+        base_url=upstream.base_url,
+        api_key=upstream.api_key.get_secret_value() if upstream.api_key else None,
+        dialect=DIALECTS[upstream.kind],
+        connect_timeout_s=upstream.connect_timeout_s,
+    ),
+}
+"""What speaks to batch APIs, by the name that `upstream.kinds` gives it."""
+
+
+def _make_native(upstream: Upstream) -> NativeUse | None:
+    batches = KINDS[upstream.kind].batches
+    if upstream.mode == "lines" or batches is None:
+        return None
+    return NativeUse(
+        upstream=_BATCH_ADAPTERS[batches](upstream),
+        from_requests=upstream.native_from if upstream.mode == "auto" else 1,
+        falls_back=upstream.fallback == "lines",
     )
 
 

@@ -23,6 +23,7 @@ from penstock.blobs.base import Blobs
 from penstock.blobs.segments import Kind, LocalSegments, SliceReplies
 from penstock.engine.base import Engine
 from penstock.errors import Conflict, NotFound, PenstockError, StorageUnavailable
+from penstock.executor.native_plan import NativePlanner
 from penstock.executor.partial import iter_slices
 from penstock.executor.replies import BATCH_CANCELLED, BATCH_EXPIRED, error_line
 from penstock.jsonl import CheckedInput, InputChecker, InputRules, iter_requests
@@ -58,22 +59,23 @@ class Step(Enum):
     """What a batch that may be ready to end needs next."""
 
     WAIT = auto()  # for its slices, or it has ended
-    STOP = auto()  # its running slices, then wait for them
+    STOP = auto()  # its running slices and native runs, then wait for them
     WRITE = auto()  # its files
 
 
 def next_step(batch: Batch, tally: SliceTally, *, now: float) -> Step:
     """Decide what a batch needs next."""
     unfinished = tally.pending + tally.running
+    held = tally.running + tally.native
     match batch.status:
         case BatchStatus.CANCELLING:
-            return Step.STOP if tally.running else Step.WRITE
+            return Step.STOP if held else Step.WRITE
         case BatchStatus.IN_PROGRESS | BatchStatus.FINALIZING:
             if not unfinished:
                 return Step.WRITE
             if now < batch.expires_at:
                 return Step.WAIT
-            return Step.STOP if tally.running else Step.WRITE
+            return Step.STOP if held else Step.WRITE
         case _:
             return Step.WAIT
 
@@ -139,7 +141,8 @@ class Lifecycle:
     """Takes batches from status to status.
 
     Args:
-        accepts_model: Whether an upstream serves a model.
+        accepts_model: Whether an upstream serves a model; the second is the name of one that
+            the client chose, or None.
         feed: Called when a batch has new slices to hand out.
     """
 
@@ -150,15 +153,17 @@ class Lifecycle:
         blobs: Blobs,
         segments: LocalSegments,
         engine: Engine,
-        accepts_model: Callable[[str], bool],
+        accepts_model: Callable[[str, str | None], bool],
         options: LifecycleOptions,
         feed: Callable[[], None],
         stats: WorkStats,
+        natives: NativePlanner,
     ) -> None:
         self._store = store
         self._blobs = blobs
         self._segments = segments
         self._engine = engine
+        self._natives = natives
         self._accepts_model = accepts_model
         self._options = options
         self._feed = feed
@@ -197,21 +202,12 @@ class Lifecycle:
                 )
                 await self._tidy(batch)
                 return
+            planned = self._natives.plan(batch, checked.slices, now=now)
             change = BatchChange(
                 model=checked.models[0] if len(checked.models) == 1 else None,
                 counts=Counts(total=checked.total),
-                slices=[
-                    Slice(
-                        batch_id=batch_id,
-                        index=index,
-                        start=plan.start,
-                        end=plan.end,
-                        first_line=plan.first_line,
-                        requests=plan.requests,
-                        models=plan.models,
-                    )
-                    for index, plan in enumerate(checked.slices)
-                ],
+                slices=planned.slices,
+                native_runs=planned.runs,
             )
             await self._store.move_batch(
                 batch_id, BatchStatus.IN_PROGRESS, now=now, change=change
@@ -235,8 +231,9 @@ class Lifecycle:
                 one_model=options.one_model,
                 slice_requests=options.slice_requests,
                 slice_bytes=options.slice_bytes,
-                accepts_model=self._accepts_model,
+                accepts_model=lambda model: self._accepts_model(model, batch.upstream),
                 served_models=options.served_models,
+                way_of=self._natives.ways(batch),
             )
         )
         while True:
@@ -274,6 +271,8 @@ class Lifecycle:
                     if piece.status is not SliceStatus.ENDED
                 ]
             )
+            if tally.native:
+                await self._store.cancel_native_runs(batch_id, now=time.time())
         elif step is Step.WRITE:
             try:
                 if batch.status is BatchStatus.IN_PROGRESS:

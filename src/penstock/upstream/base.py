@@ -4,7 +4,7 @@ What an upstream does to a line, good or bad, is a `Reply`: `LineUpstream.send` 
 nothing that comes from outside. Whether to try again is decided elsewhere (`executor.retry`).
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from enum import StrEnum
 from typing import Protocol
 
@@ -139,7 +139,10 @@ class NativeJob(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     """The model of its lines; of several, the first."""
     requests: int
-    """How many lines it has."""
+    """How many lines it has: for `submit`, how many records; else, at least that."""
+    bytes: int = 0
+    """Of all records with a line end each, so that a body's length can be told before it is
+    sent. 0 but for `submit`."""
     expires_at: float
     """When nobody waits for it any more, in Unix seconds."""
     metadata: Mapping[str, str] = {}
@@ -243,12 +246,13 @@ class BatchUpstream(Protocol):
     async def submit(self, job: NativeJob, records: AsyncIterator[bytes], note: Note) -> str:
         """Hand a job over. Never called for a key that the provider may have already.
 
-        Reads `records` once, piece by piece; nothing is held whole.
+        Reads `records` once, piece by piece; nothing is held whole. The provider cannot take
+        the job before they are read to their end; what they raise may come out as any error.
 
         Args:
             records: What `encode` made of the lines, in their order.
             note: To be called with what `find` or `clean_up` will need before the call by
-                which the provider takes the job.
+                which the provider takes the job. What it raises is let through.
 
         Returns:
             The native ID.
@@ -285,7 +289,7 @@ class BatchUpstream(Protocol):
 
     def results(
         self, job: NativeJob, native_id: str, status: NativeStatus
-    ) -> AsyncIterator[NativeResult]:
+    ) -> AsyncGenerator[NativeResult]:
         """Stream what became of the lines of a job that is final, in any order.
 
         Lines of which nothing is told are left out. What is cut off raises; the caller begins
