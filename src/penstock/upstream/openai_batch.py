@@ -70,6 +70,8 @@ class Dialect:
     has_metadata: bool = True
     auth_header: str = "Authorization"
     auth_prefix: str = "Bearer "
+    find_after_s: float = 60.0
+    """After how long the list shows a batch whose creation brought no answer."""
 
 
 def _one_day(left_s: float) -> str:
@@ -176,11 +178,10 @@ class OpenAIBatchUpstream:
         dialect: Dialect,
         connect_timeout_s: float = 10.0,
         call_timeout_s: float = 60.0,
-        find_after_s: float = 60.0,
     ) -> None:
         self.name = name
         self.limits = dialect.limits
-        self.find_after_s = find_after_s
+        self.find_after_s = dialect.find_after_s
         self._dialect = dialect
         headers: dict[str, str] = {}
         if api_key:
