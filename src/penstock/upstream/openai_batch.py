@@ -68,8 +68,6 @@ class Dialect:
     window: Callable[[float], str]
     """The completion window to ask for, with so many seconds left."""
     has_metadata: bool = True
-    auth_header: str = "Authorization"
-    auth_prefix: str = "Bearer "
     find_after_s: float = 60.0
     """After how long the list shows a batch whose creation brought no answer."""
 
@@ -130,8 +128,6 @@ DIALECTS: dict[str, Dialect] = {
         ),
         upload_fields=_PURPOSE,
         window=_one_day,
-        auth_header="api-key",
-        auth_prefix="",
     ),
     "groq": Dialect(
         limits=BatchLimits(
@@ -183,9 +179,7 @@ class OpenAIBatchUpstream:
         self.limits = dialect.limits
         self.find_after_s = dialect.find_after_s
         self._dialect = dialect
-        headers: dict[str, str] = {}
-        if api_key:
-            headers[dialect.auth_header] = dialect.auth_prefix + api_key
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = ProviderHttp(
             name=f"The upstream {name}",
             base_url=base_url,
