@@ -17,8 +17,8 @@ import os
 import resource
 import secrets
 import time
-from collections.abc import AsyncGenerator, Generator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Generator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -40,21 +40,33 @@ from penstock.executor.feeder import Feeder
 from penstock.executor.lifecycle import Lifecycle, LifecycleOptions
 from penstock.executor.limits import ConcurrencyPolicy
 from penstock.executor.members import Members
+from penstock.executor.native import NativePolicy, NativeRunner
+from penstock.executor.native_lines import Collector
+from penstock.executor.native_plan import NativePlanner
 from penstock.executor.partial import PartialResults
 from penstock.executor.retry import RetryPolicy
-from penstock.executor.upkeep import find_lost_work, keep_up, recover, watch_deliveries
+from penstock.executor.upkeep import (
+    find_lost_work,
+    keep_up,
+    recover,
+    watch_deliveries,
+    watch_native_runs,
+)
 from penstock.executor.webhooks import Deliverer, DeliveryPolicy
 from penstock.executor.worker import Worker, WorkerOptions
 from penstock.keys import key_digest, key_hint, new_key
 from penstock.model import ApiKey, JobKind, KeyId, ProjectId, Webhook, WebhookId
 from penstock.places import KEY_FILE, store_url
-from penstock.service import Service, ServiceLimits
+from penstock.service import Service, ServiceLimits, UpstreamChoices
 from penstock.settings import DEFAULT_PROJECT, Settings, Upstream
 from penstock.store.sql import SqlStore
 from penstock.telemetry import Health, Metrics
 from penstock.uploads import Uploads
+from penstock.upstream.base import BatchUpstream
+from penstock.upstream.kinds import KINDS
+from penstock.upstream.openai_batch import DIALECTS, OpenAIBatchUpstream
 from penstock.upstream.openai_http import OpenAIHttpUpstream
-from penstock.upstream.routes import Route, Routes
+from penstock.upstream.routes import NativeUse, Route, Routes
 from penstock.upstream.webhook import WebhookTarget
 from penstock.upstream.webhook_http import HttpWebhookSender
 
@@ -62,6 +74,7 @@ _log = structlog.get_logger()
 
 _DELIVERIES = DeliveryPolicy()
 _CIRCUITS = CircuitPolicy()
+_NATIVES = NativePolicy()
 _FILE_LIFE_S = 30 * 86400
 """How long input and result files are kept, as OpenAI keeps them."""
 _COUNT_S = 5.0
@@ -107,6 +120,7 @@ async def open_app(
     works: bool = True,
     deliveries: DeliveryPolicy = _DELIVERIES,
     circuits: CircuitPolicy = _CIRCUITS,
+    natives: NativePolicy = _NATIVES,
 ) -> AsyncGenerator[App]:
     """Take up the work of a data directory or a cluster, and leave it in good order at the end.
 
@@ -116,6 +130,7 @@ async def open_app(
             if not.
         deliveries: How patient to be with webhooks.
         circuits: When to leave an upstream alone that fails.
+        natives: How patient to be with providers' batch APIs.
 
     Raises:
         DataDirInUse: Another process works in the directory.
@@ -131,11 +146,18 @@ async def open_app(
             stack.enter_context(_owned(settings.data_dir))
         ground = await _open_ground(settings, stack)
         store = ground.store
-        project_id = await _ensure_projects(settings, store)
+        project_id, choices = await _ensure_projects(settings, store)
         targets = await _ensure_webhooks(settings, store)
         first_key = await _ensure_key(settings, store, project_id) if serves else None
         if works:
-            work = _work(settings, ground, targets, deliveries, circuits)
+            work = _work(
+                settings,
+                ground,
+                targets,
+                deliveries=deliveries,
+                circuits=circuits,
+                natives=natives,
+            )
             await stack.enter_async_context(work)
         if serves:
             counting = asyncio.create_task(_count_pending(store, ground.metrics))
@@ -148,6 +170,7 @@ async def open_app(
                 partial=PartialResults(store=store, segments=ground.segments),
                 upstreams=ground.routes,
                 limits=limits,
+                choices=choices,
                 clock=clock.now,
             ),
             uploads=Uploads(store=store, blobs=ground.blobs, limits=limits, clock=clock.now),
@@ -217,8 +240,10 @@ async def _work(
     settings: Settings,
     ground: _Ground,
     targets: dict[WebhookId, WebhookTarget],
+    *,
     deliveries: DeliveryPolicy,
     circuits: CircuitPolicy,
+    natives: NativePolicy,
 ) -> AsyncGenerator[None]:
     """Run what batches need, until the context ends."""
     store, blobs, segments = ground.store, ground.blobs, ground.segments
@@ -250,15 +275,34 @@ async def _work(
         health=ground.health,
         clock=clock.now,
     )
+    runner = NativeRunner(
+        store=store,
+        engine=engine,
+        blobs=blobs,
+        routes=routes,
+        collector=Collector(
+            store=store,
+            blobs=blobs,
+            segments=segments,
+            health=ground.health,
+            stats=metrics.work,
+            worker_id=options.worker_id,
+            lease_s=options.lease_s,
+        ),
+        policy=replace(natives, cancel_grace_s=options.cancel_grace_s),
+        feed=feeder.poke,
+        stop_grace_s=settings.server.shutdown_grace_s,
+    )
     lifecycle = Lifecycle(
         store=store,
         blobs=blobs,
         segments=segments,
         engine=engine,
-        accepts_model=lambda model: routes.find(model) is not None,
+        accepts_model=lambda model, name: routes.find(model, upstream=name) is not None,
         options=_lifecycle_options(settings),
         feed=feeder.poke,
         stats=metrics.work,
+        natives=NativePlanner(routes),
     )
     sender = HttpWebhookSender()
     deliverer = Deliverer(
@@ -274,15 +318,23 @@ async def _work(
     engine.handle(JobKind.FINALIZE, lifecycle.settle)
     engine.handle(JobKind.EXPIRE, lifecycle.expire)
     engine.handle(JobKind.WEBHOOK, deliverer.deliver)
+    engine.handle(JobKind.NATIVE, runner.advance)
     loops = [
         feeder.run(),
         keep_up(store=store, blobs=blobs),
         watch_deliveries(store=store, engine=engine),
+        watch_native_runs(store=store, engine=engine),
     ]
     if is_alone:
         if isinstance(blobs, FolderBlobs):
             await asyncio.to_thread(blobs.delete_leftovers)
-        await recover(store=store, blobs=blobs, segments=segments, engine=engine)
+        await recover(
+            store=store,
+            blobs=blobs,
+            segments=segments,
+            engine=engine,
+            find_after_s=routes.find_after_s,
+        )
     else:
         await members.join()
         loops += [
@@ -302,6 +354,7 @@ async def _work(
                     other.cancel()
                 worker.stop()
                 deliverer.stop()
+                runner.stop()
                 await _end(engine, settings.server.shutdown_grace_s + _DRAIN_S)
                 handing.cancel()
                 if sharing is not None:
@@ -354,16 +407,26 @@ def _owned(data_dir: Path) -> Generator[None]:
         os.close(lock)
 
 
-async def _ensure_projects(settings: Settings, store: SqlStore) -> ProjectId:
+async def _ensure_projects(
+    settings: Settings, store: SqlStore
+) -> tuple[ProjectId, dict[ProjectId, UpstreamChoices]]:
+    """Make the projects of the settings.
+
+    Returns:
+        The project `default`, and the upstreams that each project may choose.
+    """
+    headers = {each.name: KINDS[each.kind].headers for each in settings.upstreams}
+    choices: dict[ProjectId, UpstreamChoices] = {}
     for project in settings.projects:
         owner = await store.ensure_project(
             project.name,
             weight=project.weight,
             is_background=project.tier == "background",
         )
+        choices[owner.id] = {name: headers[name] for name in project.allow_upstreams}
         for key in project.api_keys:
             await _add_key(store, owner.id, project.name, key.get_secret_value())
-    return (await store.ensure_project(DEFAULT_PROJECT)).id
+    return (await store.ensure_project(DEFAULT_PROJECT)).id, choices
 
 
 async def _ensure_webhooks(
@@ -436,7 +499,10 @@ def _make_routes(settings: Settings) -> Routes:
     return Routes(
         [
             Route(
-                name=name, upstreams=tuple(map(_make_upstream, group)), models=group[0].models
+                name=name,
+                upstreams=tuple(map(_make_upstream, group)),
+                models=group[0].models,
+                native=_make_native(group[0]),
             )
             for name, group in members.items()
         ]
@@ -454,6 +520,29 @@ def _make_upstream(upstream: Upstream) -> OpenAIHttpUpstream:
         first_byte_timeout_s=upstream.first_byte_timeout_s,
         silence_timeout_s=upstream.silence_timeout_s,
         streams=upstream.stream,
+    )
+
+
+_BATCH_ADAPTERS: dict[str, Callable[[Upstream], BatchUpstream]] = {
+    "openai": lambda upstream: OpenAIBatchUpstream(
+        name=upstream.name,
+        base_url=upstream.base_url,
+        api_key=upstream.api_key.get_secret_value() if upstream.api_key else None,
+        dialect=DIALECTS[upstream.kind],
+        connect_timeout_s=upstream.connect_timeout_s,
+    ),
+}
+"""What speaks to batch APIs, by the name that `upstream.kinds` gives it."""
+
+
+def _make_native(upstream: Upstream) -> NativeUse | None:
+    batches = KINDS[upstream.kind].batches
+    if upstream.mode == "lines" or batches is None:
+        return None
+    return NativeUse(
+        upstream=_BATCH_ADAPTERS[batches](upstream),
+        from_requests=upstream.native_from if upstream.mode == "auto" else 1,
+        falls_back=upstream.fallback == "lines",
     )
 
 
@@ -484,7 +573,7 @@ def _worker_options(
         worker_id=f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(3)}",
         lease_s=worker.lease_s,
         flush_interval_s=max(worker.flush_interval_s, segments.flush_interval_s),
-        flush_bytes=worker.flush_bytes,
+        flush_bytes=max(worker.flush_bytes, segments.flush_bytes),
         cancel_grace_s=worker.cancel_grace_s,
         shutdown_grace_s=settings.server.shutdown_grace_s,
     )

@@ -7,6 +7,8 @@
     ├── Unauthorized        no key, or one that is not known
     ├── StorageUnavailable  the disk is full, or storage or database do not answer
     ├── UpstreamDown        an upstream did not answer a question of ours (never for a line)
+    ├── JobNotTaken         a provider did not take a batch now, but may later
+    ├── JobRefused          a provider will never take a batch, or does not know it
     ├── InvalidSettings     a setting is unknown or wrong
     └── DataDirInUse        another process works in the same data directory
 
@@ -65,7 +67,39 @@ class StorageUnavailable(PenstockError):
 
 
 class UpstreamDown(PenstockError):
-    """An upstream did not answer a question of our own, such as which models it has."""
+    """An upstream did not answer a question of our own, such as which models it has.
+
+    Args:
+        retry_after_s: How long it asked to wait, in seconds; None if it did not.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class JobNotTaken(PenstockError):
+    """A provider surely did not take a batch, nothing is paid, and it may be given again later.
+
+    Args:
+        retry_after_s: How long it asked to wait, in seconds; None if it did not.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class JobRefused(PenstockError):
+    """A provider surely will not take a batch as it is, or knows no such batch.
+
+    Args:
+        is_too_large: Whether parts of it would be taken.
+    """
+
+    def __init__(self, message: str, *, is_too_large: bool = False) -> None:
+        super().__init__(message)
+        self.is_too_large = is_too_large
 
 
 class InvalidSettings(PenstockError):

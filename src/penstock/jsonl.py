@@ -13,7 +13,7 @@ pass is looked at again, slowly, to say all that is wrong with it.
 
 import re
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import accumulate
@@ -68,6 +68,9 @@ class InputRules:
     """Whether an upstream serves this model; None accepts every model."""
     served_models: tuple[str, ...] = ()
     """The models that `accepts_model` accepts, by name or pattern, as a message tells them."""
+    way_of: Callable[[str], str] | None = None
+    """The way that lines of a model go: lines of different ways share no slice. None: all go
+    the same way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +82,8 @@ class SlicePlan:
     first_line: int
     requests: int
     models: tuple[str, ...]
+    bytes: int
+    """Of its own lines; less than its range has where it shares that with others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,18 +144,23 @@ _decode_input = msgspec.json.Decoder(_InputLine).decode
 _decode_items = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
-def iter_requests(data: bytes, *, first_line: int) -> Iterator[RequestLine]:
+def iter_requests(
+    data: bytes, *, first_line: int, models: Container[str] | None = None
+) -> Iterator[RequestLine]:
     """Read the requests of a slice of a checked file.
 
     Args:
         data: The bytes of the slice.
         first_line: The number of its first line in the input file, from 1.
+        models: Those of the slice, where others may share its bytes; None reads all lines.
     """
     for line, text in enumerate(data.split(b"\n"), first_line):
         if text.strip():
             envelope = _decode_envelope(text)
             body = bytes(envelope.body)
-            yield RequestLine(line, envelope.custom_id, body, _decode_model(body).model)
+            model = _decode_model(body).model
+            if models is None or model in models:
+                yield RequestLine(line, envelope.custom_id, body, model)
 
 
 def _line_decoder(endpoint: Endpoint) -> Callable[[bytes], Any]:
@@ -325,11 +335,15 @@ class InputChecker:
             opened.first_line = line
         opened.end = end
         opened.requests += 1
-        opened.models[model] = None
+        counts = opened.models.get(model)
+        if counts is None:
+            counts = opened.models[model] = [0, 0]
+        counts[0] += 1
+        counts[1] += end - start
 
     def _close_slice(self) -> None:
         if self._open.requests and not self._fault_count:
-            self._slices.append(self._open.plan())
+            self._slices += self._open.plans(self._rules.way_of)
         self._open = _OpenSlice()
 
     def _take_model(self, model: str, line: int) -> bool:
@@ -629,16 +643,23 @@ class _OpenSlice:
     end: int = 0
     first_line: int = 0
     requests: int = 0
-    models: dict[str, None] = field(default_factory=dict[str, None])
+    models: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
+    """How many requests name each model, and how many bytes these have."""
 
-    def plan(self) -> SlicePlan:
-        return SlicePlan(
-            start=self.start,
-            end=self.end,
-            first_line=self.first_line,
-            requests=self.requests,
-            models=tuple(self.models),
-        )
+    def plans(self, way_of: Callable[[str], str] | None) -> Iterator[SlicePlan]:
+        """One slice; or where its requests go several ways, one for each, of the same range."""
+        ways: dict[str, list[str]] = {}
+        for model in self.models:
+            ways.setdefault(way_of(model) if way_of else "", []).append(model)
+        for models in ways.values():
+            yield SlicePlan(
+                start=self.start,
+                end=self.end,
+                first_line=self.first_line,
+                requests=sum(self.models[model][0] for model in models),
+                models=tuple(models),
+                bytes=sum(self.models[model][1] for model in models),
+            )
 
 
 def check_file(path: Path, rules: InputRules) -> CheckedInput:

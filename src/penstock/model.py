@@ -18,6 +18,7 @@ ProjectId = NewType("ProjectId", str)
 KeyId = NewType("KeyId", str)
 FileId = NewType("FileId", str)
 BatchId = NewType("BatchId", str)
+NativeRunId = NewType("NativeRunId", str)
 SliceId = NewType("SliceId", str)
 """`<batch id>:<index>`, the name under which a slice travels through the engine."""
 UploadId = NewType("UploadId", str)
@@ -295,6 +296,10 @@ class Batch:
     metadata: dict[str, str] | None = None
     output_life_s: int | None = None
     """How long its result files are kept, from their creation; None means as long as usual."""
+    upstream: str | None = None
+    """The upstream that its client chose by name; None: each line goes by its model."""
+    parameters: dict[str, str] | None = None
+    """What its client's headers say of the provider."""
     model: str | None = None
     """The model of all its lines; None while it is not known and where they differ."""
     faults: tuple[Fault, ...] = ()
@@ -313,7 +318,8 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slice:
-    """A run of neighbouring requests of one batch: the unit that is claimed and counted."""
+    """Requests of one batch that lie near each other and go the same way: the unit that is
+    claimed and counted."""
 
     batch_id: BatchId
     index: int
@@ -323,11 +329,16 @@ class Slice:
     end: int
     """Offset after its last byte."""
     first_line: int
-    """Number of its first request's line in the input file, from 1."""
+    """Number of the first request's line of its range in the input file, from 1."""
     requests: int
     """How many requests it holds; blank lines between them are not counted."""
     models: tuple[str, ...]
-    """The models that its requests name, each once."""
+    """The models that its requests name, each once. Requests of other models in its range
+    belong to other slices of the same range."""
+    upstream: str | None = None
+    """The upstream that its client chose by name; None: each line goes by its model."""
+    native_run: NativeRunId | None = None
+    """The native run that holds it: no worker takes it until that lets go."""
     status: SliceStatus = SliceStatus.PENDING
     attempt: int = 0
     """How often it was claimed; fences every write about it."""
@@ -349,6 +360,60 @@ def parse_slice_id(name: str) -> tuple[BatchId, int]:
     """The batch and index that `slice_id` was given."""
     batch_id, _, index = name.rpartition(":")
     return BatchId(batch_id), int(index)
+
+
+class NativeRunStatus(StrEnum):
+    """Where a native run stands with us."""
+
+    WAITING = "waiting"  # its job is to be submitted when it is due
+    SUBMITTING = "submitting"  # the provider may have the job: to be found out when it is due
+    SUBMITTED = "submitted"  # the provider has the job: to be looked at when it is due
+    COLLECTING = "collecting"  # the job is over: its results are to be written to segments
+    ENDED = "ended"  # it has let go of its slices. Final
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativeRun:
+    """Slices of one batch that a provider's own batch API runs as one job."""
+
+    id: NativeRunId
+    batch_id: BatchId
+    upstream: str
+    """As the settings call it."""
+    model: str
+    """The model of its lines; of several, the first."""
+    requests: int
+    status: NativeRunStatus = NativeRunStatus.WAITING
+    submission: int = 1
+    """Which job of the provider this is: one that failed before anything ran is followed by
+    another."""
+    native_id: str | None = None
+    """The provider's name for the job; pinned once it is known."""
+    begun_at: float | None = None
+    """When the first attempt to submit this job began; None before."""
+    submitted_at: float | None = None
+    due_at: float | None
+    """When something is to be done next; nobody touches it before. None once it has ended."""
+    attempts: int = 0
+    """How often in a row the provider did not answer or did not take the job."""
+    cancel_wanted_at: float | None = None
+    """Since when it is to stop; None if it is not."""
+    details: dict[str, str] = field(default_factory=dict[str, str])
+    """What the upstream's adapter wants to be reminded of."""
+    outcome: str | None = None
+    """How the job ended, in the contract's words; None while it has not."""
+    message: str = ""
+    """Why it failed; empty if it did not."""
+    completed: int = 0
+    """As the provider counts while the job runs."""
+    failed: int = 0
+    version: int = 0
+    """How often it was written; fences every write."""
+
+    @property
+    def key(self) -> str:
+        """What the provider knows the job by."""
+        return f"{self.id}-{self.submission}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -420,6 +485,7 @@ class JobKind(StrEnum):
     FINALIZE = "finalize"  # a batch may be ready to end: see what is missing, write its files
     EXPIRE = "expire"  # a batch's completion window closes
     WEBHOOK = "webhook"  # an event is to be delivered
+    NATIVE = "native_poll"  # a native run is to be taken a step further
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

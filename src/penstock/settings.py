@@ -38,6 +38,7 @@ from penstock.settings_sources import (
     variable_name,
 )
 from penstock.signing import read_secret
+from penstock.upstream.kinds import KINDS
 
 DEFAULT_PROJECT = "default"
 """The project that is always there."""
@@ -95,6 +96,12 @@ def _base_url(value: object) -> object:
     if parts.scheme not in ("http", "https") or not parts.hostname or not is_plain:
         raise ValueError
     return value.rstrip("/")
+
+
+def _kind(value: object) -> object:
+    if not isinstance(value, str) or value not in KINDS:
+        raise ValueError
+    return value
 
 
 def _hook_url(value: object) -> object:
@@ -279,11 +286,32 @@ class Worker(Table):
 
 
 class Upstream(Table):
-    """A place where lines are sent."""
+    """A place where lines are sent, one by one or as batches of the provider."""
 
     name: Label = _setting("What the upstream is called; each name once.", _LABEL)
-    kind: Literal["openai"] = _setting(
-        "What it speaks: `openai` is any OpenAI-compatible server.", "openai", default="openai"
+    kind: Annotated[str, BeforeValidator(_kind)] = _setting(
+        "What it is: `openai` is any OpenAI-compatible server, and the others are providers "
+        "whose batch API has limits or ways of its own.",
+        f"one of {', '.join(KINDS)}",
+        default="openai",
+    )
+    mode: Literal["lines", "native", "auto"] = _setting(
+        "How lines are run: `lines` sends them one by one, `native` gives them to the "
+        "provider's own batch API, and `auto` does so from `native_from` lines on.",
+        "lines, native or auto",
+        default="lines",
+    )
+    native_from: Whole = _whole(
+        1000,
+        "With mode `auto`, how many lines of a batch make a batch of the provider; fewer are "
+        "sent one by one.",
+    )
+    fallback: Literal["none", "lines"] = _setting(
+        "What becomes of lines that a batch of the provider leaves without a good answer: "
+        "`lines` sends them one by one, to the same upstream and at its usual price, and stops "
+        "a batch of the provider when a tenth of the completion window is left.",
+        "none or lines",
+        default="none",
     )
     base_url: Annotated[str, BeforeValidator(_base_url)] = _setting(
         "Where its API is, with `/v1` if it has one.",
@@ -357,6 +385,11 @@ class ProjectSettings(Table):
         default=(),
     )
     weight: Whole = _whole(1, "Its share of the workers beside other projects that have work.")
+    allow_upstreams: tuple[Label, ...] = _setting(
+        "The upstreams that its clients may choose by name, with `x-tfy-provider-name`.",
+        "a list of names of [[upstreams]]",
+        default=(),
+    )
     tier: Literal["normal", "background"] = _setting(
         "With `background` its lines run only where those of no other project would.",
         "`normal` or `background`",
@@ -583,6 +616,7 @@ def _check_together(settings: Settings, sources: Sources) -> None:
                     f"{told(table, index, 'name')}; it must not be that of {table}[{first}]."
                 )
     _check_groups(settings, told)
+    _check_choices(settings, told)
     _check_keys(settings, sources)
     _check_webhooks(settings, told)
 
@@ -604,6 +638,28 @@ def _check_groups(settings: Settings, told: Callable[..., str]) -> None:
                 f"{told('upstreams', index, 'name')}; it must not be the name of a group, "
                 f"unless it is of that group itself."
             )
+
+
+def _check_choices(settings: Settings, told: Callable[..., str]) -> None:
+    for index, upstream in enumerate(settings.upstreams):
+        if upstream.mode != "lines" and upstream.group is not None:
+            raise InvalidSettings(
+                f"{told('upstreams', index, 'mode')}; it must be lines for an upstream of a "
+                "group, because a batch of a provider is not shared."
+            )
+        if upstream.fallback != "none" and upstream.mode == "lines":
+            raise InvalidSettings(
+                f"{told('upstreams', index, 'fallback')}; it must be none where "
+                f"upstreams[{index}].mode is lines."
+            )
+    names = [each.name for each in settings.upstreams if each.group is None]
+    for index, project in enumerate(settings.projects):
+        for number, name in enumerate(project.allow_upstreams):
+            if name not in names:
+                raise InvalidSettings(
+                    f"{told('projects', index, 'allow_upstreams', number)}; it must be the "
+                    f"name of an upstream without a group: {', '.join(names) or 'none is set'}."
+                )
 
 
 def _check_webhooks(settings: Settings, told: Callable[..., str]) -> None:

@@ -16,10 +16,11 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from penstock.app import App, open_app
 from penstock.executor.circuit import CircuitPolicy
+from penstock.executor.native import NativePolicy
 from penstock.executor.webhooks import DeliveryPolicy
 from penstock.model import FINAL, Batch, Slice, SliceStatus
 from penstock.places import store_url
@@ -64,6 +65,12 @@ def prompts(upstream: ScriptedUpstream) -> list[str]:
     return [prompt_of(body) for body in upstream.bodies]
 
 
+class HasBaseUrl(Protocol):
+    """Where the one upstream is."""
+
+    base_url: str
+
+
 class Upload:
     """A file as an upload brings it."""
 
@@ -94,18 +101,20 @@ class Bench:
         upstreams: All of that table instead.
         deliveries: How patient to be with webhooks.
         circuits: When to leave an upstream alone that fails.
+        natives: How patient to be with providers' batch APIs.
     """
 
     def __init__(
         self,
         data_dir: Path,
-        server: ScriptedUpstream,
+        server: HasBaseUrl,
         *,
         worker: dict[str, Any] | None = None,
         upstream: dict[str, Any] | None = None,
         upstreams: list[dict[str, Any]] | None = None,
         deliveries: DeliveryPolicy | None = None,
         circuits: CircuitPolicy | None = None,
+        natives: NativePolicy | None = None,
         **more: Any,
     ) -> None:
         one = {"name": "one", "base_url": server.base_url, **(upstream or {})}
@@ -121,11 +130,17 @@ class Bench:
         )
         self._deliveries = deliveries or DeliveryPolicy()
         self._circuits = circuits or CircuitPolicy()
+        self._natives = natives or NativePolicy()
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         self.app: App = await self._stack.enter_async_context(
-            open_app(self.settings, deliveries=self._deliveries, circuits=self._circuits)
+            open_app(
+                self.settings,
+                deliveries=self._deliveries,
+                circuits=self._circuits,
+                natives=self._natives,
+            )
         )
         self.store = SqlStore(store_url(self.data_dir))
         self._stack.push_async_callback(self.store.close)

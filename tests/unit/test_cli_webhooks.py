@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from penstock.checkup import open_store
 from penstock.cli import app
 from penstock.model import Batch, BatchId, BatchStatus, DeliveryStatus, Webhook, WebhookId
+from penstock.places import store_url
 from penstock.signing import read_secret
 from penstock.store.base import DeliveryReport, Page
 from tests.receiver import Receiver, run_receiver
@@ -57,7 +58,7 @@ def make_deliveries(*fates: str) -> list[str]:
     """Keep a delivery for each of `pending`, `failed` and `delivered`; their IDs."""
 
     async def work() -> list[str]:
-        async with open_store(DATA) as store:
+        async with open_store(store_url(DATA)) as store:
             project = await store.ensure_project("default")
             hook = Webhook(
                 id=WebhookId("we_1"), project_id=project.id, url="https://a.example/hook"

@@ -970,3 +970,50 @@ def test_a_key_that_is_named_twice_in_different_ways_is_a_fault(
     assert twice in line
 
     assert faults_of(line) == [("invalid_json_line", None, 1)]
+
+
+# Ways
+
+
+def by_first_letter(model: str) -> str:
+    return model[0]
+
+
+@given(
+    models=st.lists(st.sampled_from(["a1", "a2", "b1", "c1"]), min_size=1, max_size=30),
+    slice_requests=st.integers(1, 9),
+)
+def test_lines_of_different_ways_share_no_slice_and_none_is_lost(
+    models: list[str], slice_requests: int
+) -> None:
+    lines = [request(f"line-{n}", body=body(model=model)) for n, model in enumerate(models, 1)]
+    data = b"\n".join(lines)  # with blank lines between
+
+    checked = check(data, slice_requests=slice_requests, way_of=by_first_letter)
+
+    found: dict[int, str] = {}
+    for plan in checked.slices:
+        its = list(
+            iter_requests(
+                data[plan.start : plan.end], first_line=plan.first_line, models=plan.models
+            )
+        )
+        assert len(its) == plan.requests <= slice_requests
+        assert {each.model for each in its} == set(plan.models)
+        assert len({by_first_letter(each.model) for each in its}) == 1
+        assert not found.keys() & {each.line for each in its}
+        found |= {each.line: each.model for each in its}
+    assert [found[line] for line in sorted(found)] == models
+    assert sum(plan.bytes for plan in checked.slices) == sum(map(len, lines))
+
+
+def test_models_that_alternate_make_two_slices_of_each_block() -> None:
+    data = b"".join(request(f"{n}", body=body(model="ab"[n % 2])) for n in range(40))
+
+    checked = check(data, slice_requests=10, way_of=by_first_letter)
+
+    assert [plan.models for plan in checked.slices] == [("a",), ("b",)] * 4
+    assert [plan.requests for plan in checked.slices] == [5] * 8
+    assert [plan.first_line for plan in checked.slices] == [1, 1, 11, 11, 21, 21, 31, 31]
+    spans = [(plan.start, plan.end) for plan in checked.slices]
+    assert spans[::2] == spans[1::2]

@@ -245,8 +245,16 @@ def test_variables_of_the_client_and_of_kubernetes_are_passed_over(
         ('[[upstreams]]\nname = "a"', "upstreams[0].base_url is missing (file penstock.toml); "
          "it must be an http or https URL with a host and without a query, such as "
          "http://127.0.0.1:9000/v1."),
-        (UPSTREAM + 'kind = "azure"', 'upstreams[0].kind is "azure" (file penstock.toml); it '
-         "must be openai."),
+        (UPSTREAM + 'kind = "asure"', 'upstreams[0].kind is "asure" (file penstock.toml); it '
+         "must be one of openai, penstock, azure, groq, together."),
+        (UPSTREAM + 'mode = "native"\ngroup = "a"', 'upstreams[0].mode is "native" (file '
+         "penstock.toml); it must be lines for an upstream of a group, because a batch of a "
+         "provider is not shared."),
+        (UPSTREAM + 'fallback = "lines"', 'upstreams[0].fallback is "lines" (file '
+         "penstock.toml); it must be none where upstreams[0].mode is lines."),
+        ('[[projects]]\nname = "a"\nallow_upstreams = ["b"]\n' + UPSTREAM,
+         'projects[0].allow_upstreams[0] is "b" (file penstock.toml); it must be the name of '
+         "an upstream without a group: local."),
         (UPSTREAM + "models = []", "upstreams[0].models is [] (file penstock.toml); it must be "
          "a list of at least one pattern."),
         (UPSTREAM + UPSTREAM, 'upstreams[1].name is "local" (file penstock.toml); it must not '

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Engine, create_engine, event
 
 from penstock.errors import InvalidSettings, StorageUnavailable
-from penstock.model import BatchId, BatchStatus, Project
+from penstock.model import BatchId, BatchStatus, NativeRunId, Project
 from penstock.store import migrations
 from penstock.store.base import BatchFilter, Page
 from penstock.store.sql import SqlStore
@@ -32,6 +32,7 @@ from penstock.testing.store import (
 from penstock.testing.store_budgets import BudgetContract
 from penstock.testing.store_creations import CreationContract
 from penstock.testing.store_files import FileContract
+from penstock.testing.store_natives import NativeRunContract
 from penstock.testing.store_segments import SegmentContract
 from penstock.testing.store_slices import SliceContract
 from penstock.testing.store_uploads import UploadContract
@@ -76,6 +77,7 @@ class TestSqlStore(
     UploadContract,
     WebhookContract,
     SegmentContract,
+    NativeRunContract,
 ):
     @pytest.fixture
     async def store(self, path: Path, jobs: RecordedJobs) -> AsyncIterator[SqlStore]:
@@ -385,13 +387,13 @@ async def test_a_report_touches_its_slices_and_no_others(store: SqlStore, path: 
         ),
         (
             lambda store, _: store.tally_slices(BatchId("batch-1")),
-            ["SEARCH slices USING COVERING INDEX ix_slices_status (batch_id=?)"],
+            ["SEARCH slices USING INDEX ix_slices_status (batch_id=?)"],
         ),
         (
             lambda store, _: store.get_batch(BatchId("batch-1")),
             [
                 "SEARCH batches USING INDEX sqlite_autoindex_batches_1 (id=?)",
-                "SEARCH slices USING INDEX ix_slices_status (batch_id=?)",
+                "SEARCH slices USING INDEX sqlite_autoindex_slices_1 (batch_id=?)",
             ],
         ),
         (
@@ -401,7 +403,7 @@ async def test_a_report_touches_its_slices_and_no_others(store: SqlStore, path: 
             [
                 "SEARCH batches USING COVERING INDEX ix_batches_project "
                 "(project_id=? AND seq<?)",
-                "SEARCH slices USING INDEX ix_slices_status (batch_id=?)",
+                "SEARCH slices USING INDEX sqlite_autoindex_slices_1 (batch_id=?)",
             ],
         ),
         (
@@ -416,6 +418,10 @@ async def test_a_report_touches_its_slices_and_no_others(store: SqlStore, path: 
                 "SEARCH files USING COVERING INDEX ix_files_blob (blob_key=?)",
                 "SEARCH batches USING INDEX ix_batches_input_blob (input_blob_key=?)",
             ],
+        ),
+        (
+            lambda store, _: store.get_native_slices(NativeRunId("nat-1")),
+            ["SEARCH slices USING INDEX ix_slices_native (native_run=?)"],
         ),
         (
             lambda store, _: store.find_key("d1"),

@@ -85,7 +85,8 @@ class FileSource:
 class LocalSegments:
     """Segments below `root`, which is made if it is not there."""
 
-    flush_interval_s = 0.05
+    flush_interval_s = 0.0
+    flush_bytes = 0
 
     def __init__(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)

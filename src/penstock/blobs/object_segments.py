@@ -149,6 +149,8 @@ class ObjectSegments:
     """
 
     flush_interval_s = 1.0
+    flush_bytes = 8 << 20
+    """A flush costs a request for each slice that has something."""
 
     def __init__(
         self, *, blobs: Blobs, store: ObjectNames, loop: asyncio.AbstractEventLoop

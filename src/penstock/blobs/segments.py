@@ -442,6 +442,16 @@ class SliceReplies:
         self._sealed = readers[-1] if readers and readers[-1].seal else None
         """The newest one if it is sealed: then it has every line, and no other counts."""
 
+    @classmethod
+    def of_all(cls, parts: "Sequence[SliceReplies]") -> "SliceReplies":
+        """The replies of slices that share one range of the input, as if they were one slice;
+        closes them all when it is closed."""
+        if len(parts) == 1:
+            return parts[0]
+        whole = cls([reader for part in parts for reader in part._readers])
+        whole._sealed = None  # each has some of the lines
+        return whole
+
     @property
     def _places(self) -> dict[int, tuple[SegmentReader, Record]]:
         if self._found is None:
@@ -532,7 +542,9 @@ class Segments(Protocol):
     """Keeps segments. Blocking: call it from a thread."""
 
     flush_interval_s: float
-    """How long a reply may wait at most until it is flushed, where no setting says less."""
+    """How long replies may wait at least until they are flushed; a setting may say more."""
+    flush_bytes: int
+    """How many bytes of them may, of all slices together."""
 
     def open(
         self, batch_id: BatchId, index: int, attempt: int, *, requests: int

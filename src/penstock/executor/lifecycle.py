@@ -8,9 +8,10 @@ missing is not finished, its slice is run again for the lines that are missing.
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import groupby
 from weakref import WeakValueDictionary
 
 import msgspec
@@ -21,6 +22,8 @@ from penstock.blobs.base import Blobs, Piece
 from penstock.blobs.segments import Kind, Segments, SliceReplies
 from penstock.engine.base import Engine
 from penstock.errors import Conflict, NotFound, PenstockError, StorageUnavailable
+from penstock.executor.native_plan import NativePlanner
+from penstock.executor.partial import iter_slices
 from penstock.executor.replies import BATCH_CANCELLED, BATCH_EXPIRED, error_line
 from penstock.jsonl import CheckedInput, InputChecker, InputRules, iter_requests
 from penstock.model import (
@@ -55,22 +58,23 @@ class Step(Enum):
     """What a batch that may be ready to end needs next."""
 
     WAIT = auto()  # for its slices, or it has ended
-    STOP = auto()  # its running slices, then wait for them
+    STOP = auto()  # its running slices and native runs, then wait for them
     WRITE = auto()  # its files
 
 
 def next_step(batch: Batch, tally: SliceTally, *, now: float) -> Step:
     """Decide what a batch needs next."""
     unfinished = tally.pending + tally.running
+    held = tally.running + tally.native
     match batch.status:
         case BatchStatus.CANCELLING:
-            return Step.STOP if tally.running else Step.WRITE
+            return Step.STOP if held else Step.WRITE
         case BatchStatus.IN_PROGRESS | BatchStatus.FINALIZING:
             if not unfinished:
                 return Step.WRITE
             if now < batch.expires_at:
                 return Step.WAIT
-            return Step.STOP if tally.running else Step.WRITE
+            return Step.STOP if held else Step.WRITE
         case _:
             return Step.WAIT
 
@@ -127,12 +131,17 @@ class _Found:
     def missing(self) -> int:
         return self.piece.requests - self.completed - self.failed
 
+    def has(self, kind: Kind) -> bool:
+        """Whether any of its lines goes into this result file."""
+        return bool(self.completed if kind is Kind.OUTPUT else self.failed or self.missing)
+
 
 class Lifecycle:
     """Takes batches from status to status.
 
     Args:
-        accepts_model: Whether an upstream serves a model.
+        accepts_model: Whether an upstream serves a model; the second is the name of one that
+            the client chose, or None.
         feed: Called when a batch has new slices to hand out.
     """
 
@@ -143,15 +152,17 @@ class Lifecycle:
         blobs: Blobs,
         segments: Segments,
         engine: Engine,
-        accepts_model: Callable[[str], bool],
+        accepts_model: Callable[[str, str | None], bool],
         options: LifecycleOptions,
         feed: Callable[[], None],
         stats: WorkStats,
+        natives: NativePlanner,
     ) -> None:
         self._store = store
         self._blobs = blobs
         self._segments = segments
         self._engine = engine
+        self._natives = natives
         self._accepts_model = accepts_model
         self._options = options
         self._feed = feed
@@ -190,21 +201,12 @@ class Lifecycle:
                 )
                 await self._tidy(batch)
                 return
+            planned = self._natives.plan(batch, checked.slices, now=now)
             change = BatchChange(
                 model=checked.models[0] if len(checked.models) == 1 else None,
                 counts=Counts(total=checked.total),
-                slices=[
-                    Slice(
-                        batch_id=batch_id,
-                        index=index,
-                        start=plan.start,
-                        end=plan.end,
-                        first_line=plan.first_line,
-                        requests=plan.requests,
-                        models=plan.models,
-                    )
-                    for index, plan in enumerate(checked.slices)
-                ],
+                slices=planned.slices,
+                native_runs=planned.runs,
             )
             await self._store.move_batch(
                 batch_id, BatchStatus.IN_PROGRESS, now=now, change=change
@@ -228,8 +230,9 @@ class Lifecycle:
                 one_model=options.one_model,
                 slice_requests=options.slice_requests,
                 slice_bytes=options.slice_bytes,
-                accepts_model=self._accepts_model,
+                accepts_model=lambda model: self._accepts_model(model, batch.upstream),
                 served_models=options.served_models,
+                way_of=self._natives.ways(batch),
             )
         )
         while True:
@@ -272,10 +275,12 @@ class Lifecycle:
             await self._engine.cancel(
                 [
                     Job(kind=JobKind.SLICE, id=piece.id)
-                    async for piece in self._iter_slices(batch_id)
+                    async for piece in iter_slices(self._store, batch_id)
                     if piece.status is not SliceStatus.ENDED
                 ]
             )
+            if tally.native:
+                await self._store.cancel_native_runs(batch_id, now=clock.now())
         elif step is Step.WRITE:
             try:
                 if batch.status is BatchStatus.IN_PROGRESS:
@@ -310,7 +315,7 @@ class Lifecycle:
         Returns:
             False if replies were missing: their slices are open again, and nothing was kept.
         """
-        found = [await self._find(piece) async for piece in self._iter_slices(batch.id)]
+        found = [await self._find(piece) async for piece in iter_slices(self._store, batch.id)]
         completed = sum(each.completed for each in found)
         failed = sum(each.failed for each in found)
         missing = sum(each.missing for each in found)
@@ -401,22 +406,24 @@ class Lifecycle:
             _Gap: At the end, if replies are missing.
         """
         gaps: list[SliceId] = []
-        for each in found:
-            if kind is Kind.OUTPUT and not each.completed:
-                continue
-            if kind is Kind.ERROR and not (each.failed or each.missing):
-                continue
-            opened = self._open(each)
-            if opened is None:
-                gaps.append(each.piece.id)
-                continue
-            with opened as replies:
+        wanted = (each for each in found if each.has(kind))
+        # Slices of one range of the input hold lines that lie between each other.
+        for _, block in groupby(wanted, key=lambda each: each.piece.start):
+            each_of_block = list(block)
+            opened = [self._open(each) for each in each_of_block]
+            with SliceReplies.of_all([each for each in opened if each is not None]) as replies:
+                gaps += [
+                    each.piece.id
+                    for each, its in zip(each_of_block, opened, strict=True)
+                    if its is None
+                ]
                 if gaps:
                     continue
                 never_run: dict[int, bytes] = {}
-                if kind is Kind.ERROR and each.missing:
-                    asked = self._never_run(batch, each.piece, replies.lines)
-                    never_run = asyncio.run_coroutine_threadsafe(asked, loop).result()
+                for each in each_of_block:
+                    if kind is Kind.ERROR and each.missing:
+                        asked = self._never_run(batch, each.piece, replies.lines)
+                        never_run |= asyncio.run_coroutine_threadsafe(asked, loop).result()
                 yield from replies.iter_results(kind, others=never_run)
         if gaps:
             raise _Gap(gaps)
@@ -442,7 +449,9 @@ class Lifecycle:
             data = await self._blobs.get_range(batch.input_blob_key, piece.start, piece.end)
             return {
                 request.line: error_line(request.custom_id, code, message)
-                for request in iter_requests(data, first_line=piece.first_line)
+                for request in iter_requests(
+                    data, first_line=piece.first_line, models=piece.models
+                )
                 if request.line not in have
             }
         except (NotFound, msgspec.DecodeError) as error:
@@ -464,13 +473,6 @@ class Lifecycle:
         if batch.input_blob_key:
             unused = await self._store.unused_blobs([batch.input_blob_key])
             await self._blobs.delete(list(unused))
-
-    async def _iter_slices(self, batch_id: BatchId) -> AsyncIterator[Slice]:
-        after = -1
-        while page := await self._store.get_slices(batch_id, after=after):
-            for piece in page:
-                yield piece
-            after = page[-1].index
 
 
 def _unreadable(batch: Batch) -> CheckedInput:

@@ -26,15 +26,27 @@ _log = structlog.get_logger()
 
 _EVERY_S = 60.0
 _LOOK_EVERY_S = 2.0
+_LOOK_AT_RUNS_S = 30.0
 _REMEMBER_S = 30 * 86400
 """How long deliveries and uploads are listed after they have ended."""
 _AT_ONCE = 100
 
 
-async def recover(*, store: Store, blobs: Blobs, segments: Segments, engine: Engine) -> None:
+async def recover(
+    *,
+    store: Store,
+    blobs: Blobs,
+    segments: Segments,
+    engine: Engine,
+    find_after_s: float = 0.0,
+) -> None:
     """Take up the work of a data directory where the last process left it.
 
     Only for a process that has the directory to itself, before anything is written.
+
+    Args:
+        find_after_s: After how long providers can be asked for jobs whose submission the end
+            of the last process has cut off.
     """
     running = await store.recover_slices()
     batches = await _enqueue_unfinished(store, engine)
@@ -139,6 +151,17 @@ async def watch_deliveries(*, store: Store, engine: Engine) -> None:
             await engine.enqueue(await store.list_due_deliveries(until=clock.now()))
         except StorageUnavailable as error:
             _log.warning("Deliveries cannot be looked at for now.", error=str(error))
+
+
+async def watch_native_runs(*, store: Store, engine: Engine) -> None:
+    """Look every 30 s for native runs that are due, until cancelled: the engine forgets a job
+    whose step has failed."""
+    while True:
+        await asyncio.sleep(_LOOK_AT_RUNS_S)
+        try:
+            await engine.enqueue(await store.list_native_jobs(until=clock.now()))
+        except StorageUnavailable as error:
+            _log.warning("Native runs cannot be looked at for now.", error=str(error))
 
 
 async def _end_upload(store: Store, blobs: Blobs, upload: Upload) -> None:

@@ -238,7 +238,7 @@ class Worker:
         and may send some of it."""
         if self._tasks is None or not self._gate.is_set() or self._stopping.is_set():
             return False
-        lanes = list(self._lanes_of(piece.models))
+        lanes = list(self._lanes_of(piece))
         if not lanes:  # lines that no upstream serves any more are read to fail at once
             return self._unserved < self._options.held_bytes
         if self.is_blocked(piece):
@@ -255,16 +255,18 @@ class Worker:
         """Whether all lines of a slice would wait for upstreams that are left alone."""
         # Of a slice that was given back because of them, only these models are left.
         models = self._waiting.get(piece.id, piece.models)
-        return bool(models) and all(map(self._is_model_blocked, models))
+        return bool(models) and all(
+            self._is_model_blocked(model, piece.upstream) for model in models
+        )
 
-    def _is_model_blocked(self, model: str) -> bool:
-        route = self._routes.find(model)
+    def _is_model_blocked(self, model: str, upstream: str | None) -> bool:
+        route = self._routes.find(model, upstream=upstream)
         lane = self._lanes.get(route.name) if route else None
         return lane is not None and lane.is_blocked(model)
 
     def expect(self, piece: Slice, batch: Backlog, *, sign: int = 1) -> None:
         """Count a slice that was handed to the engine (or, with -1, is held or came back)."""
-        lanes = list(self._lanes_of(piece.models))
+        lanes = list(self._lanes_of(piece))
         for lane in lanes:
             lane.expect(
                 flow_of(batch),
@@ -377,7 +379,7 @@ class Worker:
         )
         missing = [
             line
-            for line in iter_requests(data, first_line=piece.first_line)
+            for line in iter_requests(data, first_line=piece.first_line, models=piece.models)
             if line.line not in held.writer.lines
         ]
         held.begin(len(missing))
@@ -396,7 +398,7 @@ class Worker:
     def _queue(self, held: HeldSlice, lines: list[RequestLine]) -> None:
         by_lane: dict[str, list[RequestLine]] = {}
         for line in lines:
-            route = self._routes.find(line.model)
+            route = self._routes.find(line.model, upstream=held.slice.upstream)
             if route is None:
                 # It was there when the file was checked: the settings have changed since.
                 held.keep(line, _no_upstream(line.model))
@@ -522,8 +524,9 @@ class Worker:
             ),
         )
 
-    def _lanes_of(self, models: tuple[str, ...]):
-        names = {route.name for model in models if (route := self._routes.find(model))}
+    def _lanes_of(self, piece: Slice):
+        routes = (self._routes.find(each, upstream=piece.upstream) for each in piece.models)
+        names = {route.name for route in routes if route}
         return (self._lanes[name] for name in names if name in self._lanes)
 
     def _measure(self) -> Mapping[str, LaneGauges]:

@@ -26,6 +26,8 @@ from penstock.model import (
     FileId,
     Job,
     KeyId,
+    NativeRun,
+    NativeRunId,
     Once,
     Part,
     PartId,
@@ -89,6 +91,8 @@ class BatchChange:
     faults: Sequence[Fault] = ()
     slices: Sequence[Slice] = ()
     """Added, all pending. Only on the way to `in_progress`."""
+    native_runs: Sequence[NativeRun] = ()
+    """Added, each with its `native_poll` job. Those that `slices` name."""
     output: File | None = None
     """Added and named in `output_file_id`."""
     error: File | None = None
@@ -197,6 +201,8 @@ class SliceTally:
     pending: int = 0
     running: int = 0
     ended: int = 0
+    native: int = 0
+    """How many of those that have not ended native runs hold."""
 
 
 class Store(Protocol):
@@ -499,7 +505,7 @@ class Store(Protocol):
     async def list_pending(
         self, batch_id: BatchId, *, limit: int, share: tuple[int, int] = (0, 1)
     ) -> list[Slice]:
-        """The first pending slices of a batch, in input order.
+        """The first pending slices of a batch that no native run holds, in input order.
 
         Args:
             share: `(part, parts)`: only those whose index, divided by `parts`, leaves `part`,
@@ -522,7 +528,13 @@ class Store(Protocol):
         ...
 
     async def claim_slices(
-        self, ids: Sequence[SliceId], *, worker_id: str, lease_s: float, now: float
+        self,
+        ids: Sequence[SliceId],
+        *,
+        worker_id: str,
+        lease_s: float,
+        now: float,
+        native_run: NativeRunId | None = None,
     ) -> list[ClaimedSlice]:
         """Claim slices for one worker alone; each claim raises the slice's attempt.
 
@@ -530,6 +542,10 @@ class Store(Protocol):
 
         - pending, or
         - running under a lease that has ended: its worker is taken to be dead.
+
+        Args:
+            native_run: Claim those that this run holds, also of a batch that is `cancelling`;
+                None claims those that no run holds.
 
         Returns:
             The claimed ones, in the order of `ids`. Those that are not due are left out.
@@ -577,6 +593,78 @@ class Store(Protocol):
 
     async def forget_slices(self, batch_id: BatchId) -> None:
         """Delete the slices of a final batch, whose files hold all there is to know."""
+        ...
+
+    # Native runs
+
+    async def get_native_run(self, run_id: NativeRunId) -> NativeRun:
+        """
+        Raises:
+            NotFound: There is no such run.
+        """
+        ...
+
+    async def list_native_runs(self, batch_id: BatchId) -> list[NativeRun]:
+        """The runs of a batch, also those that have ended, in the order of their making."""
+        ...
+
+    async def list_native_jobs(self, *, until: float | None) -> list[Job]:
+        """The `native_poll` jobs of runs that have not ended.
+
+        Args:
+            until: Only those that are due then; None lists all.
+        """
+        ...
+
+    async def get_native_slices(self, run_id: NativeRunId) -> list[Slice]:
+        """The slices that a run holds, in input order."""
+        ...
+
+    async def keep_native_run(self, run: NativeRun, *, now: float) -> NativeRun | None:
+        """Keep how far a run has come, and enqueue its job for when it is due next.
+
+        A run that has ended lets go of its slices, and the batch's `finalize` job is enqueued.
+        The wish to cancel is never taken back: where the store knows of one that `run` does
+        not, it stays, and a run that waits or was submitted is due now.
+
+        Args:
+            run: With the version that was read.
+
+        Returns:
+            The run as it now stands; None if it has been written since: nothing was changed.
+        """
+        ...
+
+    async def split_native_run(
+        self,
+        run: NativeRun,
+        parts: Sequence[tuple[NativeRun, Sequence[SliceId]]],
+        *,
+        now: float,
+    ) -> bool:
+        """Let new runs take over the slices of a run that was not submitted, which ends.
+
+        Returns:
+            False if it has been written since: nothing was changed.
+        """
+        ...
+
+    async def cancel_native_runs(self, batch_id: BatchId, *, now: float) -> None:
+        """Want the runs of a batch to stop; those that wait or were submitted are due now.
+
+        What they do meanwhile is not fenced off: a native ID that is on its way can be kept.
+        """
+        ...
+
+    async def recover_native_runs(self, *, due_at: float) -> list[Job]:
+        """Make runs that are being submitted due at a time, if they would be due later: who
+        submitted them ended with the process.
+
+        Only for a store that one process has to itself.
+
+        Returns:
+            The jobs of all runs that have not ended.
+        """
         ...
 
     # Segments that are objects

@@ -19,6 +19,8 @@ from penstock.model import (
     DeliveryStatus,
     Fault,
     File,
+    NativeRun,
+    NativeRunStatus,
     Part,
     PartId,
     ProjectId,
@@ -43,6 +45,7 @@ SLICE_FIELDS = tuple(field.name for field in fields(Slice) if field.name != "usa
 UPLOAD_FIELDS = tuple(field.name for field in fields(Upload) if field.name != "file")
 PART_FIELDS = tuple(field.name for field in fields(Part))
 DELIVERY_FIELDS = tuple(field.name for field in fields(Delivery))
+NATIVE_FIELDS = tuple(field.name for field in fields(NativeRun))
 
 
 def to_file(row: RowMapping) -> File:
@@ -175,3 +178,13 @@ def to_delivery(row: RowMapping) -> Delivery:
     values = dict(row)
     values["status"] = DeliveryStatus(row["status"])
     return Delivery(**values)
+
+
+def to_native_run(row: RowMapping) -> NativeRun:
+    values = {name: row[name] for name in NATIVE_FIELDS}
+    values["status"] = NativeRunStatus(row["status"])
+    return NativeRun(**values)
+
+
+def native_values(run: NativeRun) -> dict[str, Any]:
+    return {name: getattr(run, name) for name in NATIVE_FIELDS}

@@ -40,6 +40,7 @@ from penstock.model import (
     Job,
     JobKind,
     KeyId,
+    NativeRunId,
     Once,
     Project,
     ProjectId,
@@ -68,6 +69,7 @@ from penstock.store.rows import (
     change_values,
     figures_of,
     file_values,
+    native_values,
     slice_values,
     to_batch,
     to_claimed_slice,
@@ -76,6 +78,7 @@ from penstock.store.rows import (
     usage_values,
 )
 from penstock.store.sql_budgets import BudgetStore
+from penstock.store.sql_natives import NativeStore, native_job
 from penstock.store.sql_segments import SegmentStore
 from penstock.store.sql_uploads import UploadStore
 from penstock.store.sql_webhooks import WebhookStore, add_deliveries
@@ -85,6 +88,7 @@ from penstock.store.tables import (
     batches,
     deleted_files,
     files,
+    native_jobs,
     projects,
     slices,
     upload_parts,
@@ -97,7 +101,7 @@ _UNFINISHED = [status for status in BatchStatus if status not in FINAL]
 _CLAIMABLE = [BatchStatus.IN_PROGRESS, BatchStatus.FINALIZING]
 
 
-class SqlStore(UploadStore, WebhookStore, SegmentStore, WorkerStore, BudgetStore):
+class SqlStore(UploadStore, WebhookStore, SegmentStore, WorkerStore, BudgetStore, NativeStore):
     """A `Store` in an SQL database.
 
     Args:
@@ -319,6 +323,11 @@ class SqlStore(UploadStore, WebhookStore, SegmentStore, WorkerStore, BudgetStore
                     db.execute(insert(files), file_values(file))
             if change.slices:
                 db.execute(insert(slices), [slice_values(batch_id, s) for s in change.slices])
+            if change.native_runs:
+                db.execute(
+                    insert(native_jobs), [native_values(run) for run in change.native_runs]
+                )
+                jobs.extend(map(native_job, change.native_runs))
             db.execute(update(batches).where(batches.c.id == batch_id).values(values))
             batch = _load_batch(db, batch_id)
             if to in FINAL:
@@ -348,19 +357,32 @@ class SqlStore(UploadStore, WebhookStore, SegmentStore, WorkerStore, BudgetStore
 
     async def tally_slices(self, batch_id: BatchId) -> SliceTally:
         rows = await self._read(_TALLY_SLICES, {"batch_id": batch_id})
-        return SliceTally(**{row["status"]: row["slices"] for row in rows})
+        counts = {row["status"]: row["slices"] for row in rows}
+        native = sum(row["native"] for row in rows if row["status"] != SliceStatus.ENDED)
+        return SliceTally(**counts, native=native)
 
     async def count_pending_lines(self, *, now: int) -> int:
         return (await self._read(_COUNT_PENDING, {"now": now}))[0]["lines"]
 
     async def claim_slices(
-        self, ids: Sequence[SliceId], *, worker_id: str, lease_s: float, now: float
+        self,
+        ids: Sequence[SliceId],
+        *,
+        worker_id: str,
+        lease_s: float,
+        now: float,
+        native_run: NativeRunId | None = None,
     ) -> list[ClaimedSlice]:
         def work(db: Connection) -> list[ClaimedSlice]:
             claimed: dict[SliceId, ClaimedSlice] = {}
             for some in portions(ids):
                 lock_rows(db, _KEEP_BATCHES_OF, {"ids": some})
-                due = db.execute(_DUE_SLICES, {"ids": some, "now": now}).mappings().all()
+                key: dict[str, Any] = {"ids": some, "now": now}
+                if native_run is None:
+                    due = db.execute(_DUE_SLICES, key).mappings().all()
+                else:
+                    key["of_run"] = native_run
+                    due = db.execute(_DUE_NATIVE_SLICES, key).mappings().all()
                 claims = [to_claimed_slice(row) for row in due]
                 claimed.update((claim.slice.id, claim) for claim in claims)
             held = {"worker": worker_id, "until": now + lease_s}
@@ -507,10 +529,10 @@ _LIST_UNFINISHED = _BATCHES.where(batches.c.status.in_(_UNFINISHED)).order_by(ba
 _LOCK_BATCH = select(batches.c.status).where(batches.c.id == bindparam("id")).with_for_update()
 
 
-def _has_slices(status: SliceStatus) -> ColumnElement[bool]:
+def _has_slices(status: SliceStatus, *conditions: ColumnElement[bool]) -> ColumnElement[bool]:
     return (
         exists()
-        .where(slices.c.batch_id == batches.c.id, slices.c.status == status)
+        .where(slices.c.batch_id == batches.c.id, slices.c.status == status, *conditions)
         .correlate(batches)
     )
 
@@ -528,7 +550,7 @@ _LIST_BACKLOG = (
     .where(
         batches.c.status.in_(_CLAIMABLE),
         batches.c.expires_at > bindparam("now"),
-        _has_slices(SliceStatus.PENDING),
+        _has_slices(SliceStatus.PENDING, slices.c.native_run.is_(None)),
     )
     .order_by(batches.c.expires_at, batches.c.seq)
 )
@@ -555,6 +577,7 @@ _LIST_PENDING = (
         slices.c.batch_id == bindparam("batch_id"),
         slices.c.status == SliceStatus.PENDING,
         slices.c.index % bindparam("parts") == bindparam("part"),
+        slices.c.native_run.is_(None),
     )
     .order_by(slices.c.index)
     .limit(bindparam("limit"))
@@ -568,7 +591,11 @@ _GET_SLICES = (
 )
 
 _TALLY_SLICES = (
-    select(slices.c.status, func.count().label("slices"))
+    select(
+        slices.c.status,
+        func.count().label("slices"),
+        func.count(slices.c.native_run).label("native"),
+    )
     .where(slices.c.batch_id == bindparam("batch_id"))
     .group_by(slices.c.status)
 )
@@ -587,7 +614,7 @@ _KEEP_BATCHES_OF = (
 """Nobody moves them before this transaction ends: no slice of one that is being cancelled is
 claimed behind its finalizer's back."""
 
-_DUE_SLICES = (
+_CLAIMABLE_SLICES = (
     select(
         *_SLICE_COLUMNS,
         batches.c.endpoint,
@@ -601,7 +628,6 @@ _DUE_SLICES = (
     .join(projects, projects.c.id == batches.c.project_id)
     .where(
         _IS_ONE_OF_THEM,
-        batches.c.status.in_(_CLAIMABLE),
         or_(
             slices.c.status == SliceStatus.PENDING,
             and_(
@@ -611,6 +637,15 @@ _DUE_SLICES = (
         ),
     )
     .with_for_update(of=slices, skip_locked=True)
+)
+
+_DUE_SLICES = _CLAIMABLE_SLICES.where(
+    slices.c.native_run.is_(None), batches.c.status.in_(_CLAIMABLE)
+)
+
+_DUE_NATIVE_SLICES = _CLAIMABLE_SLICES.where(
+    slices.c.native_run == bindparam("of_run"),
+    batches.c.status.in_([*_CLAIMABLE, BatchStatus.CANCELLING]),
 )
 
 _CLAIM_SLICES = (

@@ -26,7 +26,13 @@ from sqlalchemy import (
     false,
 )
 
-from penstock.model import BatchStatus, DeliveryStatus, SliceStatus, UploadStatus
+from penstock.model import (
+    BatchStatus,
+    DeliveryStatus,
+    NativeRunStatus,
+    SliceStatus,
+    UploadStatus,
+)
 
 NAMING = {
     "pk": "pk_%(table_name)s",
@@ -145,6 +151,8 @@ batches = Table(
     Column("failed", BigInteger, nullable=False),
     *_tokens(),
     Column("output_life_s", BigInteger),
+    Column("upstream", Text),
+    Column("parameters", JSON(none_as_null=True)),
     _one_of("status", BatchStatus),
     CheckConstraint("completed >= 0 AND failed >= 0", name="counts"),
     CheckConstraint("completed + failed <= total", name="total"),
@@ -176,6 +184,9 @@ slices = Table(
     Column("completed", BigInteger, nullable=False),
     Column("failed", BigInteger, nullable=False),
     *_tokens(),
+    Column("upstream", Text),
+    # No foreign key, for SQLite can add none to a table that is there.
+    Column("native_run", Text),
     _one_of("status", SliceStatus),
     CheckConstraint('0 <= "start" AND "start" < "end"', name="range"),
     CheckConstraint('"index" >= 0 AND first_line >= 1 AND requests >= 1', name="place"),
@@ -185,6 +196,39 @@ slices = Table(
     CheckConstraint("(status = 'running') = (lease_expires_at IS NOT NULL)", name="lease"),
     Index("ix_slices_status", "batch_id", "status", "index"),
     Index("ix_slices_lease", "lease_expires_at"),
+    Index("ix_slices_native", "native_run", "index"),
+)
+
+native_jobs = Table(
+    "native_jobs",
+    metadata,
+    Column("seq", Seq, primary_key=True),
+    Column("id", Text, nullable=False, unique=True),
+    Column("batch_id", Text, ForeignKey("batches.id"), nullable=False),
+    Column("upstream", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("requests", Integer, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("submission", Integer, nullable=False),
+    Column("native_id", Text),
+    Column("begun_at", Double),
+    Column("submitted_at", Double),
+    Column("due_at", Double),
+    Column("attempts", Integer, nullable=False),
+    Column("cancel_wanted_at", Double),
+    Column("details", JSON, nullable=False),
+    Column("outcome", Text),
+    Column("message", Text, nullable=False),
+    Column("completed", BigInteger, nullable=False),
+    Column("failed", BigInteger, nullable=False),
+    Column("version", Integer, nullable=False),
+    _one_of("status", NativeRunStatus),
+    CheckConstraint("requests >= 1 AND submission >= 1 AND attempts >= 0", name="counts"),
+    CheckConstraint("(status = 'ended') = (due_at IS NULL)", name="due"),
+    CheckConstraint("status <> 'submitted' OR native_id IS NOT NULL", name="native"),
+    CheckConstraint("status <> 'submitting' OR begun_at IS NOT NULL", name="begun"),
+    Index("ix_native_jobs_batch", "batch_id", "seq"),
+    Index("ix_native_jobs_status", "status", "due_at"),
 )
 
 uploads = Table(

@@ -90,7 +90,7 @@ class OpenAIHttpUpstream:
         self._max_reply_bytes = max_reply_bytes
         self._streams = streams
         self._key = api_key.encode() if api_key else None
-        base = _parse_base_url(name, base_url)
+        base = parse_base_url(name, base_url)
         self._base_path = base.path.rstrip("/")
         self._paths = {endpoint: self._path(endpoint) for endpoint in ENDPOINTS}
         headers = {
@@ -99,7 +99,7 @@ class OpenAIHttpUpstream:
             "Accept": "application/json",
         }
         if api_key:
-            if not _SENDABLE.fullmatch(api_key):
+            if not SENDABLE.fullmatch(api_key):
                 raise InvalidSettings(  # without the key
                     f"The api_key of upstream {name} has characters that cannot be sent in a"
                     " header; it must be one line of visible characters."
@@ -173,28 +173,7 @@ class OpenAIHttpUpstream:
                     answer.retry_after, answer.retry_after_ms, now=time.time()
                 ),
             )
-        try:
-            if not body.isascii():
-                body.decode()  # msgspec does not look into what it skips
-            usage = _decode_answer(body).usage or _NO_USAGE
-        except msgspec.ValidationError:
-            usage = _read_odd_usage(body)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            usage = None
-        if usage is None:
-            return self._invalid(answer)
-        inputs = usage.prompt_tokens_details or usage.input_tokens_details or _NO_DETAILS
-        outputs = usage.completion_tokens_details or usage.output_tokens_details or _NO_DETAILS
-        return Reply(
-            status_code=status,
-            body=body,
-            request_id=answer.request_id,
-            input_tokens=usage.prompt_tokens or usage.input_tokens,
-            cached_tokens=inputs.cached_tokens,
-            output_tokens=usage.completion_tokens or usage.output_tokens,
-            reasoning_tokens=outputs.reasoning_tokens,
-            total_tokens=usage.total_tokens or usage.input_tokens + usage.output_tokens,
-        )
+        return read_success(status, body, answer.request_id) or self._invalid(answer)
 
     def _read_stream(self, endpoint: str, answer: Answer) -> Reply:
         """Read an answer that was asked for piece by piece, though it may have come at once."""
@@ -248,6 +227,32 @@ class OpenAIHttpUpstream:
         return text if len(text) <= _QUOTE_CHARACTERS else text[:_QUOTE_CHARACTERS] + "…"
 
 
+def read_success(status: int, body: bytes, request_id: str | None) -> Reply | None:
+    """The reply that a 2xx answer is, with its tokens; None if it is not one JSON object."""
+    try:
+        if not body.isascii():
+            body.decode()  # msgspec does not look into what it skips
+        usage = _decode_answer(body).usage or _NO_USAGE
+    except msgspec.ValidationError:
+        usage = _read_odd_usage(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        usage = None
+    if usage is None:
+        return None
+    inputs = usage.prompt_tokens_details or usage.input_tokens_details or _NO_DETAILS
+    outputs = usage.completion_tokens_details or usage.output_tokens_details or _NO_DETAILS
+    return Reply(
+        status_code=status,
+        body=body,
+        request_id=request_id,
+        input_tokens=usage.prompt_tokens or usage.input_tokens,
+        cached_tokens=inputs.cached_tokens,
+        output_tokens=usage.completion_tokens or usage.output_tokens,
+        reasoning_tokens=outputs.reasoning_tokens,
+        total_tokens=usage.total_tokens or usage.input_tokens + usage.output_tokens,
+    )
+
+
 def parse_retry_after(
     retry_after: str | None, retry_after_ms: str | None = None, *, now: float
 ) -> float | None:
@@ -277,11 +282,11 @@ def parse_retry_after(
     return wait_s if 0 <= wait_s <= MAX_RETRY_AFTER_S else None
 
 
-_SENDABLE = re.compile(r"[!-~]([ -~]*[!-~])?")
+SENDABLE = re.compile(r"[!-~]([ -~]*[!-~])?")
 _NUMBER = re.compile(r"[0-9]{1,300}(\.[0-9]{1,300})?")
 
 
-def _parse_base_url(name: str, base_url: str) -> Url:
+def parse_base_url(name: str, base_url: str) -> Url:
     """The URL to which an endpoint's path is added, without a slash at its end."""
     try:
         url = Url(base_url.strip())
@@ -307,7 +312,7 @@ def _parse_base_url(name: str, base_url: str) -> Url:
 def choose_transport(base: Url, options: TransportOptions) -> Transport:
     """The fast transport where it will do: plain HTTP without a proxy."""
     is_plain = base.scheme == "http" and not base.username
-    if is_plain and not _uses_proxy(base):
+    if is_plain and not uses_proxy(base):
         host = (base.host_str or "").strip("[]")
         return Http1Transport(host=host, port=base.port or 80, options=options)
     return make_reqwest(base, options)
@@ -316,10 +321,11 @@ def choose_transport(base: Url, options: TransportOptions) -> Transport:
 def make_reqwest(base: Url, options: TransportOptions) -> Transport:
     """The transport that can do everything."""
     origin = str(base.with_path("")).rstrip("/")
-    return ReqwestTransport(origin=origin, options=options, uses_proxy=_uses_proxy(base))
+    return ReqwestTransport(origin=origin, options=options, uses_proxy=uses_proxy(base))
 
 
-def _uses_proxy(base: Url) -> bool:
+def uses_proxy(base: Url) -> bool:
+    """Whether requests go through a proxy that the environment names; never to loopback."""
     host = base.host_str or ""
     return not _is_loopback(host) and _has_proxy(base.scheme, host)
 

@@ -7,10 +7,21 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from penstock.errors import UpstreamDown
-from penstock.upstream.base import LineUpstream
+from penstock.upstream.base import BatchUpstream, LineUpstream
 
 _ASK_S = 5.0
 _FRESH_S = 15.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativeUse:
+    """How the batch API of an upstream is used."""
+
+    upstream: BatchUpstream
+    from_requests: int = 1
+    """With fewer lines of one kind in a batch, they are sent one by one."""
+    falls_back: bool = False
+    """Whether what a job leaves over is sent line by line, to the same upstream."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +33,8 @@ class Route:
     upstreams: tuple[LineUpstream, ...]
     models: tuple[str, ...]
     """Glob patterns; case counts."""
+    native: NativeUse | None = None
+    """Its batch API, where that takes lines; only of a single upstream."""
 
     def takes(self, model: str) -> bool:
         return any(fnmatchcase(model, pattern) for pattern in self.models)
@@ -41,17 +54,36 @@ class Routes:
 
     def __init__(self, routes: Sequence[Route]) -> None:
         self._routes = tuple(routes)
+        self._named = {route.name: route for route in self._routes}
         self._found: dict[str, Route | None] = {}
         self._listed: list[ServedModel] = []
         self._listed_until = 0.0
 
-    def find(self, model: str) -> Route | None:
-        """The route that takes lines of `model`, or None."""
+    def find(self, model: str, *, upstream: str | None = None) -> Route | None:
+        """The route that takes lines of `model`, or None.
+
+        Args:
+            upstream: The name of the route that was asked for, whatever its models are.
+        """
+        if upstream is not None:
+            return self.get(upstream)
         if model not in self._found:
             if len(self._found) > 10_000:
                 self._found.clear()  # clients choose these names
             self._found[model] = next((r for r in self._routes if r.takes(model)), None)
         return self._found[model]
+
+    def get(self, name: str) -> Route | None:
+        """The route of this name."""
+        return self._named.get(name)
+
+    @property
+    def find_after_s(self) -> float:
+        """After how long every batch API can be asked what became of a submission."""
+        return max(
+            (route.native.upstream.find_after_s for route in self._routes if route.native),
+            default=0.0,
+        )
 
     async def list_models(self) -> list[ServedModel]:
         """The models that can be named: what each upstream says it serves, as far as lines of
@@ -77,6 +109,8 @@ class Routes:
         for route in self._routes:
             for upstream in route.upstreams:
                 await upstream.close()
+            if route.native is not None:
+                await route.native.upstream.close()
 
     def __iter__(self):
         return iter(self._routes)

@@ -1,0 +1,29 @@
+"""The kinds of upstreams that the settings may name.
+
+To add a provider, add a row; if its batch API is not like OpenAI's, add its adapter to the
+table in `app` that makes them.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What an upstream of a kind speaks."""
+
+    title: str
+    """What people call it."""
+    batches: str | None = None
+    """Which adapter speaks to its batch API; None: it has none."""
+    headers: frozenset[str] = frozenset()
+    """Which `x-tfy-...` headers of a client its adapter reads, as `NativeJob.parameters`."""
+
+
+KINDS: dict[str, Kind] = {
+    "openai": Kind(title="OpenAI, or any server that is compatible", batches="openai"),
+    "penstock": Kind(title="another Penstock", batches="openai"),
+    "azure": Kind(title="Azure OpenAI", batches="openai"),
+    "groq": Kind(title="Groq", batches="openai"),
+    "together": Kind(title="Together AI", batches="openai"),
+}
+"""By name."""
