@@ -77,3 +77,66 @@ TOOL_TALK: tuple[Json, ...] = (
     user("Which is warmer?"),
 )
 """Two calls at once, their results, and a question about them."""
+
+
+RICH_CHAT = chat(
+    {"role": "system", "content": "Be brief."},
+    *TOOL_TALK,
+    {"role": "assistant", "content": "Rome.", "refusal": None},
+    user(
+        [
+            {"type": "text", "text": "And here?"},
+            image(f"data:image/png;base64,{PNG}"),
+        ]
+    ),
+    max_completion_tokens=4000,
+    stop=["END"],
+    tool_choice="auto",
+    tools=[LOOSE_TOOL],
+    user="ada",
+)
+RICH_RESPONSE = response(
+    [
+        user([{"type": "input_text", "text": "Weather?"}]),
+        {
+            "type": "function_call",
+            "call_id": "call_1",
+            "name": "get_weather",
+            "arguments": "{}",
+        },
+        {"type": "function_call_output", "call_id": "call_1", "output": "18"},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "18."}]},
+        user("Thanks."),
+    ],
+    instructions="Be brief.",
+    max_output_tokens=4000,
+    tools=[{"type": "function", **LOOSE_TOOL["function"]}],
+)
+SAMPLES: list[tuple[str, bytes]] = [
+    (CHAT, chat()),
+    (CHAT, RICH_CHAT),
+    (CHAT, chat(response_format=CITY_FORMAT)),
+    (CHAT, chat(response_format={"type": "json_object"})),
+    (CHAT, chat(tools=[WEATHER_TOOL], tool_choice="required")),
+    (CHAT, chat(tools=[LOOSE_TOOL], parallel_tool_calls=False)),
+    (CHAT, chat(tools=[LOOSE_TOOL], tool_choice="none")),
+    (
+        CHAT,
+        chat(
+            tools=[LOOSE_TOOL],
+            tool_choice={"type": "function", "function": {"name": "get_weather"}},
+        ),
+    ),
+    (CHAT, chat(user([image("https://example.com/cat.png")]))),
+    (CHAT, chat(temperature=0.5, top_p=0.5, top_k=5)),
+    (CHAT, chat(seed=5, n=2, presence_penalty=1, frequency_penalty=-1)),
+    (CHAT, chat(logprobs=True, top_logprobs=2)),
+    *[
+        (CHAT, chat(reasoning_effort=effort))
+        for effort in ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+    ],
+    (RESPONSES, RICH_RESPONSE),
+    (RESPONSES, response(reasoning={"effort": "high", "summary": "auto"})),
+    (EMBEDDINGS, embeddings(["Hello."], dimensions=256)),
+]
+"""Bodies that between them use everything that some provider has a counterpart to."""

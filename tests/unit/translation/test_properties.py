@@ -12,7 +12,7 @@ from openai.types.chat import ChatCompletion
 from openai.types.responses import Response
 
 from penstock.upstream.base import Failure
-from penstock.upstream.translation import anthropic
+from penstock.upstream.translation import anthropic, gemini
 from penstock.upstream.translation.base import Untranslatable
 from tests.unit.translation.bodies import (
     CHAT,
@@ -30,6 +30,8 @@ PROVIDERS: list[tuple[ModuleType, str]] = [
     (anthropic, "claude-3-5-haiku-20241022"),
     (anthropic, "claude-sonnet-4-5-20250929"),
     (anthropic, "claude-sonnet-5-5"),
+    (gemini, "gemini-2.5-flash"),
+    (gemini, "gemini-3.8-flash"),
 ]
 every_provider = pytest.mark.parametrize(
     ("provider", "model"),
