@@ -59,6 +59,13 @@ def check_messages(body: Any) -> None:
             check_known(_BLOCKS[block["type"]], block)
 
 
+def check_claude_on_bedrock(body: Any) -> None:
+    """Its version stands in the body, and its model in the address."""
+    assert body["anthropic_version"] == "bedrock-2023-05-31"
+    kept = {name: value for name, value in body.items() if name != "anthropic_version"}
+    check_messages({"model": "m", **kept})
+
+
 def check_known(adapter: TypeAdapter[Any], value: Any) -> None:
     """A field that a type does not know is dropped, and so found missing."""
     if (known := read(adapter.validate_python(value))) != value:
@@ -79,6 +86,7 @@ def check_embed_content(body: Any) -> None:
 CHECKS: dict[str, Callable[[Any], object]] = {
     "anthropic": check_messages,
     "anthropic-answer": lambda body: Message.model_validate(body, strict=True),
+    "bedrock-claude": check_claude_on_bedrock,
     "gemini": check_generate_content,
     "gemini-embedding": check_embed_content,
     "gemini-answer": lambda body: types.GenerateContentResponse.model_validate_json(

@@ -4,15 +4,14 @@ import json
 from types import ModuleType
 from typing import Any
 
-import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai.types import CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
 from openai.types.responses import Response
 
 from penstock.upstream.base import Failure
-from penstock.upstream.translation import anthropic, gemini
+from penstock.upstream.translation import anthropic, bedrock, gemini
 from penstock.upstream.translation.base import Untranslatable
 from tests.unit.translation.bodies import (
     CHAT,
@@ -26,18 +25,23 @@ from tests.unit.translation.bodies import (
     call,
 )
 
-PROVIDERS: list[tuple[ModuleType, str]] = [
+Provider = tuple[ModuleType, str]
+PROVIDERS: list[Provider] = [
     (anthropic, "claude-3-5-haiku-20241022"),
     (anthropic, "claude-sonnet-4-5-20250929"),
     (anthropic, "claude-sonnet-5-5"),
     (gemini, "gemini-2.5-flash"),
     (gemini, "gemini-3.8-flash"),
+    (bedrock, "us.anthropic.claude-sonnet-4-5-20250929-v1:0"),
+    (bedrock, "global.amazon.nova-2-lite-v1:0"),
+    (bedrock, "meta.llama3-8b-instruct-v1:0"),
+    (bedrock, "mistral.mistral-large-2407-v1:0"),
+    (bedrock, "mistral.mixtral-8x7b-instruct-v0:1"),
+    (bedrock, "amazon.titan-embed-text-v2:0"),
+    (bedrock, "cohere.embed-v4:0"),
 ]
-every_provider = pytest.mark.parametrize(
-    ("provider", "model"),
-    PROVIDERS,
-    ids=[f"{module.__name__.rpartition('.')[2]}-{model}" for module, model in PROVIDERS],
-)
+providers = st.sampled_from(PROVIDERS)
+often = settings(max_examples=300, deadline=None)
 ENDPOINTS = [CHAT, RESPONSES, EMBEDDINGS, "/v1/messages", "/v1/moderations"]
 
 texts = st.sampled_from(["Hello.", "", "<|eot_id|>", "[INST]", "Grüße \u2028 🌊", "x" * 200])
@@ -105,35 +109,33 @@ chats = st.builds(
 )
 
 
-def translate(provider: ModuleType, model: str, endpoint: str, body: bytes) -> bytes | None:
+def translate(provider: Provider, endpoint: str, body: bytes) -> bytes | None:
     """The translated body; None if a field was named instead."""
+    module, model = provider
     try:
-        return provider.translate_request(endpoint, model, body)
+        return module.translate_request(endpoint, model, body)
     except Untranslatable as refused:
         assert refused.message
         return None
 
 
-@every_provider
-@given(body=chats)
-def test_any_chat_is_translated_or_names_a_field(
-    provider: ModuleType, model: str, body: Json
-) -> None:
+@often
+@given(provider=providers, body=chats)
+def test_any_chat_is_translated_or_names_a_field(provider: Provider, body: Json) -> None:
+    module, model = provider
     try:
-        written = provider.translate_request(CHAT, model, json.dumps(body).encode())
+        written = module.translate_request(CHAT, model, json.dumps(body).encode())
     except Untranslatable as refused:
-        assert refused.field.partition(".")[0].partition("[")[0] in body
+        assert refused.field.partition(".")[0].partition("[")[0] in {"url", *body}
     else:
         assert isinstance(json.loads(written), dict)
 
 
-@every_provider
-@given(talk=talks())
-def test_a_talk_alone_keeps_every_word(
-    provider: ModuleType, model: str, talk: list[Json]
-) -> None:
+@often
+@given(provider=providers, talk=talks())
+def test_a_talk_alone_keeps_every_word(provider: Provider, talk: list[Json]) -> None:
     body = json.dumps({"messages": talk, "tools": [LOOSE_TOOL]}).encode()
-    if (written := translate(provider, model, CHAT, body)) is not None:
+    if (written := translate(provider, CHAT, body)) is not None:
         told = json.dumps(json.loads(written), ensure_ascii=False)
         for message in talk:
             content = message.get("content")
@@ -143,16 +145,19 @@ def test_a_talk_alone_keeps_every_word(
                     assert json.dumps(text, ensure_ascii=False)[1:-1] in told
 
 
-@every_provider
-@given(endpoint=st.sampled_from(ENDPOINTS), body=st.binary() | st.text().map(str.encode))
-def test_any_bytes_are_refused_at_most(
-    provider: ModuleType, model: str, endpoint: str, body: bytes
-) -> None:
-    translate(provider, model, endpoint, body)
-
-
-@every_provider
+@often
 @given(
+    provider=providers,
+    endpoint=st.sampled_from(ENDPOINTS),
+    body=st.binary() | st.text().map(str.encode),
+)
+def test_any_bytes_are_refused_at_most(provider: Provider, endpoint: str, body: bytes) -> None:
+    translate(provider, endpoint, body)
+
+
+@often
+@given(
+    provider=providers,
     endpoint=st.sampled_from(ENDPOINTS),
     body=st.dictionaries(
         st.sampled_from(["messages", "input", "tools", "text", "stop", "model", "reasoning"]),
@@ -167,10 +172,8 @@ def test_any_bytes_are_refused_at_most(
         ),
     ),
 )
-def test_any_json_is_refused_at_most(
-    provider: ModuleType, model: str, endpoint: str, body: Json
-) -> None:
-    translate(provider, model, endpoint, json.dumps(body).encode())
+def test_any_json_is_refused_at_most(provider: Provider, endpoint: str, body: Json) -> None:
+    translate(provider, endpoint, json.dumps(body).encode())
 
 
 ANSWER_KEYS = [
@@ -189,8 +192,9 @@ answer_values: st.SearchStrategy[Any] = st.recursive(
 )  # fmt: skip
 
 
-@every_provider
+@often
 @given(
+    provider=providers,
     endpoint=st.sampled_from(ENDPOINTS[:4]),
     answer=st.binary()
     | st.dictionaries(st.sampled_from(ANSWER_KEYS), answer_values).map(
@@ -199,9 +203,10 @@ answer_values: st.SearchStrategy[Any] = st.recursive(
     status_code=st.sampled_from([None, 200, 400, 429, 500]),
 )
 def test_any_answer_becomes_a_reply(
-    provider: ModuleType, model: str, endpoint: str, answer: bytes, status_code: int | None
+    provider: Provider, endpoint: str, answer: bytes, status_code: int | None
 ) -> None:
-    reply = provider.translate_reply(
+    module, model = provider
+    reply = module.translate_reply(
         endpoint, model, answer, created_at=1, status_code=status_code
     )
 

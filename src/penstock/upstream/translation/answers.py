@@ -1,5 +1,7 @@
 """Answers, embeddings and errors, written as OpenAI's endpoints give them."""
 
+import hashlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -7,13 +9,12 @@ import msgspec
 from penstock.upstream.base import Failure, Reply
 from penstock.upstream.translation.base import (
     CHAT,
-    EMBEDDINGS,
-    RESPONSES,
     Answer,
     Choice,
     Finish,
+    MadeCall,
     Token,
-    ToolCall,
+    Untranslatable,
     Usage,
     Vectors,
 )
@@ -111,8 +112,24 @@ def unusable(provider: str, request_id: str | None) -> Reply:
     )
 
 
-def is_supported(endpoint: str) -> bool:
-    return endpoint in (CHAT, RESPONSES, EMBEDDINGS)
+def wrong_endpoint(endpoint: str, *allowed: str) -> Untranslatable:
+    told = ", ".join(allowed)
+    return Untranslatable("url", f"{endpoint} has no counterpart; allowed: {told}.")
+
+
+def make_call(call_id: str, name: str, arguments: Mapping[str, Any] | None) -> MadeCall:
+    """A call whose arguments came as an object."""
+    return MadeCall(call_id, name, _encode(arguments or {}).decode())
+
+
+def make_id(body: bytes) -> str:
+    """An ID for an answer that has none, the same for the same answer."""
+    return f"answer-{hashlib.sha256(body).hexdigest()[:24]}"
+
+
+def ended_by(provider: str, reason: str | None, told: str | None = None) -> str:
+    """What a refusal says where the provider ended the answer."""
+    return told or f"{provider} ended the answer: {reason}."
 
 
 # Chat completions
@@ -149,7 +166,7 @@ def _write_choice(index: int, choice: Choice) -> _Json:
             {
                 "id": call.id,
                 "type": "function",
-                "function": {"name": call.name, "arguments": _write_arguments(call)},
+                "function": {"name": call.name, "arguments": call.arguments},
             }
             for call in choice.calls
         ]
@@ -233,7 +250,7 @@ def _write_items(answer_id: str, choice: Choice, status: str) -> list[_Json]:
             "type": "function_call",
             "call_id": call.id,
             "name": call.name,
-            "arguments": _write_arguments(call),
+            "arguments": call.arguments,
             "status": "completed",
         }
         for call in choice.calls
@@ -243,10 +260,6 @@ def _write_items(answer_id: str, choice: Choice, status: str) -> list[_Json]:
 
 def _input_details(usage: Usage) -> _Json:
     return {"cached_tokens": usage.cached, "cache_write_tokens": usage.cache_written}
-
-
-def _write_arguments(call: ToolCall) -> str:
-    return _encode(call.arguments).decode()
 
 
 def _write_tokens(tokens: list[Token]) -> list[_Json]:

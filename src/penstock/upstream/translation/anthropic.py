@@ -80,10 +80,10 @@ def translate_reply(
         return answers.write_error(status, error.error.message, told)
     if status_code is not None and status_code >= 300:
         return answers.write_error(status_code, "", request_id)
-    message = find(_message_decoder, body)
-    if message is None:
+    answer = read_answer(body, model, created_at)
+    if answer is None:
         return answers.unusable(_NAME, request_id)
-    reply = answers.write(endpoint, _read_message(message, model, created_at), request_id)
+    reply = answers.write(endpoint, answer, request_id)
     return msgspec.structs.replace(reply, body=body) if endpoint == MESSAGES else reply
 
 
@@ -95,8 +95,7 @@ def read(endpoint: str, body: bytes) -> Request:
         case "/v1/responses":
             return responses.read(body)
         case _:
-            allowed = ", ".join((CHAT, RESPONSES, MESSAGES))
-            raise Untranslatable("url", f"{endpoint} has no counterpart; allowed: {allowed}.")
+            raise answers.wrong_endpoint(endpoint, CHAT, RESPONSES, MESSAGES)
 
 
 def build(request: Request, model: str, *, image_urls: bool = True) -> _Json:
@@ -338,8 +337,10 @@ def _error_status(kind: str, status_code: int | None) -> int:
     return _STATUSES.get(kind, 500)
 
 
-def _read_message(message: _Message, model: str, created_at: int) -> Answer:
-    return Answer(
+def read_answer(body: bytes, model: str, created_at: int) -> Answer | None:
+    """A message; None if it is something else."""
+    message = find(_message_decoder, body)
+    return message and Answer(
         id=message.id,
         model=message.model or model,
         choices=[_read_choice(message)],
@@ -362,7 +363,7 @@ def _read_choice(message: _Message) -> Choice:
         refusal=refusal,
         reasoning=[thought for thought in thoughts if thought],
         calls=[
-            ToolCall(block.id, block.name, block.input)
+            answers.make_call(block.id, block.name, block.input)
             for block in message.content
             if block.type == "tool_use"
         ],

@@ -99,7 +99,7 @@ class ToolCall(msgspec.Struct, frozen=True):
     id: str
     name: str
     arguments: Schema
-    field: str = ""
+    field: str
 
 
 class ToolResult(msgspec.Struct, frozen=True):
@@ -221,13 +221,22 @@ class Token(msgspec.Struct, frozen=True):
     alternatives: list[Alternative]
 
 
+class MadeCall(msgspec.Struct, frozen=True):
+    """A call that the model made."""
+
+    id: str
+    name: str
+    arguments: str
+    """JSON, as the model wrote it or as its provider read it."""
+
+
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
     finish: Finish
     text: str | None = None
     refusal: str | None = None
     reasoning: list[str] = []
     """What the model told of its thoughts."""
-    calls: list[ToolCall] = []
+    calls: list[MadeCall] = []
     tokens: list[Token] | None = None
 
 

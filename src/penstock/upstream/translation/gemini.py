@@ -77,8 +77,7 @@ def translate_request(endpoint: str, model: str, body: bytes) -> bytes:
         case "/v1/embeddings":
             return _encode(_build_embedding(embeddings.read(body), model))
         case _:
-            allowed = ", ".join((CHAT, RESPONSES, EMBEDDINGS))
-            raise Untranslatable("url", f"{endpoint} has no counterpart; allowed: {allowed}.")
+            raise answers.wrong_endpoint(endpoint, CHAT, RESPONSES, EMBEDDINGS)
 
 
 def translate_reply(
@@ -109,7 +108,9 @@ def translate_reply(
     content = find(_content_decoder, body)
     if content is None or not (content.candidates or content.promptFeedback):
         return answers.unusable(_NAME, request_id)
-    return answers.write(endpoint, _read_answer(content, model, created_at), request_id)
+    answer_id = content.responseId or answers.make_id(body)
+    answer = _read_answer(content, answer_id, model, created_at)
+    return answers.write(endpoint, answer, request_id)
 
 
 # Requests
@@ -391,8 +392,9 @@ def _error_status(error: _Error, status_code: int | None) -> int:
     return _STATUSES.get(error.code) or _STATUSES.get(error.status) or 500
 
 
-def _read_answer(content: _ContentAnswer, model: str, created_at: int) -> Answer:
-    answer_id = content.responseId or f"gemini-{created_at}"
+def _read_answer(
+    content: _ContentAnswer, answer_id: str, model: str, created_at: int
+) -> Answer:
     choices = [
         _read_candidate(candidate, f"{answer_id}_{index}")
         for index, candidate in enumerate(content.candidates)
@@ -416,14 +418,13 @@ def _read_candidate(candidate: _Candidate, call_prefix: str) -> Choice:
     parts = candidate.content.parts
     texts = [part.text for part in parts if part.text is not None and not part.thought]
     calls = [
-        ToolCall(call.id or f"call_{call_prefix}_{index}", call.name, call.args or {})
+        answers.make_call(call.id or f"call_{call_prefix}_{index}", call.name, call.args)
         for index, call in enumerate(part.functionCall for part in parts if part.functionCall)
     ]
     finish = _FINISHES.get(candidate.finishReason, Finish.CONTENT_FILTER)
     refusal = None
     if finish is Finish.CONTENT_FILTER:
-        told = candidate.finishMessage
-        refusal = told or f"{_NAME} ended the answer: {candidate.finishReason}."
+        refusal = answers.ended_by(_NAME, candidate.finishReason, candidate.finishMessage)
     return Choice(
         finish=Finish.TOOL_CALLS if calls and finish is Finish.STOP else finish,
         text="".join(texts) if texts else None,
