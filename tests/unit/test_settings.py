@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from penstock.errors import InvalidSettings
 from penstock.settings import Settings, load_settings, upstream_from_flag
+from penstock.upstream.kinds import KINDS
 
 UPSTREAM = '[[upstreams]]\nname = "local"\nbase_url = "http://127.0.0.1:9000/v1"\n'
 KEY = "sk-alpha-0123456789"
@@ -246,7 +247,7 @@ def test_variables_of_the_client_and_of_kubernetes_are_passed_over(
          "it must be an http or https URL with a host and without a query, such as "
          "http://127.0.0.1:9000/v1."),
         (UPSTREAM + 'kind = "asure"', 'upstreams[0].kind is "asure" (file penstock.toml); it '
-         "must be one of openai, penstock, azure, groq, together."),
+         f"must be one of {', '.join(KINDS)}."),
         (UPSTREAM + 'mode = "native"\ngroup = "a"', 'upstreams[0].mode is "native" (file '
          "penstock.toml); it must be lines for an upstream of a group, because a batch of a "
          "provider is not shared."),
