@@ -98,6 +98,7 @@ class Records:
 
     async def measure(self) -> None:
         """Find out how many there are: a provider wants to know before it is sent them."""
+        self.count = self.bytes = 0
         async for record in self._iterate():
             self.count += 1
             self.bytes += len(record) + 1

@@ -235,7 +235,11 @@ class OpenAIBatchUpstream:
             body["metadata"] = _metadata(job)
         try:
             answer = await self._http.call(
-                "POST", "/batches", json=body, headers={"Idempotency-Key": job.key}
+                "POST",
+                "/batches",
+                json=body,
+                # The file makes it another request, with the same key or not.
+                headers={"Idempotency-Key": f"{job.key}-{file_id}"},
             )
         except NoConnection as error:
             raise JobNotTaken(str(error)) from error
