@@ -845,6 +845,14 @@ FAULTS = [
         NATIVE,
         "with_fallback",
     ),
+    Fault(
+        "a native job whose lines were all given out is taken for one that was not taken",
+        "executor/native_lines.py",
+        "            self.is_whole = given_out >= self.count\n",
+        "",
+        NATIVE_CRASH,
+        "paid_once",
+    ),
 ]
 
 
