@@ -286,7 +286,8 @@ class OpenAIBatchUpstream:
             completed=counts.completed,
             failed=counts.failed,
             details={name: file_id for name, file_id in files.items() if file_id},
-            message=" ".join(filter(None, (fault.message for fault in faults[:3]))),
+            message=" ".join(filter(None, (fault.message for fault in faults[:3])))
+            or (batch.error if isinstance(batch.error, str) else ""),
             may_pass=bool(faults) and all(fault.code in _PASSING_CODES for fault in faults),
         )
 
@@ -461,6 +462,8 @@ class _Batch(msgspec.Struct):
     created_at: float | str = 0.0
     """Unix seconds, but with some a date, which is not needed."""
     errors: _Faults | None = None
+    error: Any = None
+    """What some say in place of `errors`: a sentence."""
     request_counts: _Counts | None = None
     metadata: dict[str, Any] | None = None
 
