@@ -246,7 +246,7 @@ def test_variables_of_the_client_and_of_kubernetes_are_passed_over(
         ('[[upstreams]]\nname = "a"', "upstreams[0].base_url is missing (file penstock.toml); "
          "it must be an http or https URL with a host and without a query, such as "
          "http://127.0.0.1:9000/v1."),
-        (UPSTREAM + 'kind = "asure"', 'upstreams[0].kind is "asure" (file penstock.toml); it '
+        (UPSTREAM + 'kind = "local"', 'upstreams[0].kind is "local" (file penstock.toml); it '
          f"must be one of {', '.join(KINDS)}."),
         (UPSTREAM + 'mode = "native"\ngroup = "a"', 'upstreams[0].mode is "native" (file '
          "penstock.toml); it must be lines for an upstream of a group, because a batch of a "

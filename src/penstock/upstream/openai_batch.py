@@ -235,7 +235,11 @@ class OpenAIBatchUpstream:
             body["metadata"] = _metadata(job)
         try:
             answer = await self._http.call(
-                "POST", "/batches", json=body, headers={"Idempotency-Key": job.key}
+                "POST",
+                "/batches",
+                json=body,
+                # The file makes it another request, with the same key or not.
+                headers={"Idempotency-Key": f"{job.key}-{file_id}"},
             )
         except NoConnection as error:
             raise JobNotTaken(str(error)) from error
@@ -282,7 +286,8 @@ class OpenAIBatchUpstream:
             completed=counts.completed,
             failed=counts.failed,
             details={name: file_id for name, file_id in files.items() if file_id},
-            message=" ".join(filter(None, (fault.message for fault in faults[:3]))),
+            message=" ".join(filter(None, (fault.message for fault in faults[:3])))
+            or (batch.error if isinstance(batch.error, str) else ""),
             may_pass=bool(faults) and all(fault.code in _PASSING_CODES for fault in faults),
         )
 
@@ -457,6 +462,8 @@ class _Batch(msgspec.Struct):
     created_at: float | str = 0.0
     """Unix seconds, but with some a date, which is not needed."""
     errors: _Faults | None = None
+    error: Any = None
+    """What some say in place of `errors`: a sentence."""
     request_counts: _Counts | None = None
     metadata: dict[str, Any] | None = None
 
