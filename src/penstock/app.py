@@ -20,6 +20,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -31,7 +32,6 @@ from penstock.blobs.objects import ObjectBlobs
 from penstock.blobs.segments import Segments
 from penstock.blobs.storage import open_blobs
 from penstock.engine.memory import MemoryEngine
-from penstock.engine.postgres import PostgresEngine
 from penstock.errors import DataDirInUse, InvalidSettings, StorageUnavailable
 from penstock.executor.admission import AdmissionPolicy
 from penstock.executor.budgets import Budgets
@@ -74,6 +74,9 @@ from penstock.upstream.translation.base import Translation
 from penstock.upstream.webhook import WebhookTarget
 from penstock.upstream.webhook_http import HttpWebhookSender
 
+if TYPE_CHECKING:
+    from penstock.engine.postgres import PostgresEngine
+
 _log = structlog.get_logger()
 
 _DELIVERIES = DeliveryPolicy()
@@ -107,7 +110,7 @@ class App:
 class _Ground:
     """What API and work stand on."""
 
-    engine: MemoryEngine | PostgresEngine
+    engine: "MemoryEngine | PostgresEngine"
     store: SqlStore
     blobs: FolderBlobs | ObjectBlobs
     segments: Segments
@@ -192,6 +195,9 @@ async def _open_ground(settings: Settings, stack: contextlib.AsyncExitStack) -> 
     if url is None:
         engine = MemoryEngine()
     else:
+        # What a cluster needs is loaded by a cluster alone.
+        from penstock.engine.postgres import PostgresEngine  # noqa: PLC0415
+
         engine = PostgresEngine(url, heartbeat_timeout_s=settings.worker.lease_s)
         stack.push_async_callback(engine.close)
     store = SqlStore(url or store_url(data_dir), jobs=engine)
@@ -488,7 +494,7 @@ async def _add_key(store: SqlStore, project_id: ProjectId, project: str, key: st
     await store.add_key(record, digest=key_digest(key))
 
 
-async def _end(engine: MemoryEngine | PostgresEngine, patience_s: float) -> None:
+async def _end(engine: "MemoryEngine | PostgresEngine", patience_s: float) -> None:
     try:
         async with asyncio.timeout(patience_s):
             await engine.stop()
