@@ -226,7 +226,7 @@ async def _work(
     options = _worker_options(settings, circuits, segments)
     members = Members(store=store, worker_id=options.worker_id, version=__version__)
     is_alone = settings.database_url is None
-    feeder = Feeder(store=store, engine=engine, share=members.share)
+    feeder = Feeder(store=store, engine=engine, share=members.share, pace=members.pace)
     worker = Worker(
         store=store,
         blobs=blobs,
@@ -241,6 +241,7 @@ async def _work(
         options=options,
         wants_more=feeder.has_room,
         took=feeder.hold,
+        pace=members.pace,
     )
     feeder.serve(worker)
     budgets = Budgets(
@@ -249,6 +250,7 @@ async def _work(
         worker_id=options.worker_id,
         health=ground.health,
         clock=clock.now,
+        pace=members.pace,
     )
     lifecycle = Lifecycle(
         store=store,
@@ -277,7 +279,7 @@ async def _work(
     loops = [
         feeder.run(),
         keep_up(store=store, blobs=blobs),
-        watch_deliveries(store=store, engine=engine),
+        watch_deliveries(store=store, engine=engine, pace=members.pace),
     ]
     if is_alone:
         if isinstance(blobs, FolderBlobs):
@@ -287,7 +289,12 @@ async def _work(
         await members.join()
         loops += [
             members.run(),
-            find_lost_work(store=store, engine=engine, every_s=settings.worker.lease_s),
+            find_lost_work(
+                store=store,
+                engine=engine,
+                every_s=settings.worker.lease_s,
+                pace=members.pace,
+            ),
         ]
     try:
         async with _plain_errors(), asyncio.TaskGroup() as tasks:
