@@ -354,8 +354,8 @@ FAULTS = [
     Fault(
         "budgets: a lease that has ended comes back",
         "store/sql_budgets.py",
-        "budget_leases.c.expires_at <= bindparam(",
-        "budget_leases.c.expires_at < bindparam(",
+        ' if row["expires_at"] > now',
+        "",
         STORE,
         "dead_worker_s_part",
     ),
@@ -398,10 +398,33 @@ FAULTS = [
     Fault(
         "feeder: slices are handed out twice",
         "executor/feeder.py",
-        "if piece.id not in self._handed and piece.id not in aside",
-        "if piece.id not in aside",
+        "known = aside | self._handed.keys()",
+        "known = aside",
         FEEDER,
         "once",
+    ),
+    Fault(
+        "feeder: workers reach for what others have taken",
+        "executor/feeder.py",
+        "self._next.pop(handed[0].batch_id, None)",
+        "pass",
+        FEEDER,
+        "faster",
+    ),
+    Fault(
+        "feeder: another part is not read anew",
+        "executor/feeder.py",
+        "            self._next.clear()\n",
+        "",
+        FEEDER,
+        "workers_change",
+    ),
+    Fault(
+        "members: many workers look as often as few",
+        "executor/members.py",
+        "return max(least_s, workers / most_per_s)",
+        "return least_s",
+        "tests/unit/test_members.py",
     ),
     # Lifecycle
     Fault(

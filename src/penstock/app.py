@@ -261,7 +261,7 @@ async def _work(
     options = _worker_options(settings, circuits, segments)
     members = Members(store=store, worker_id=options.worker_id, version=__version__)
     is_alone = settings.database_url is None
-    feeder = Feeder(store=store, engine=engine, share=members.share)
+    feeder = Feeder(store=store, engine=engine, share=members.share, pace=members.pace)
     worker = Worker(
         store=store,
         blobs=blobs,
@@ -276,6 +276,7 @@ async def _work(
         options=options,
         wants_more=feeder.has_room,
         took=feeder.hold,
+        pace=members.pace,
     )
     feeder.serve(worker)
     budgets = Budgets(
@@ -284,6 +285,7 @@ async def _work(
         worker_id=options.worker_id,
         health=ground.health,
         clock=clock.now,
+        pace=members.pace,
     )
     runner = NativeRunner(
         store=store,
@@ -332,7 +334,7 @@ async def _work(
     loops = [
         feeder.run(),
         keep_up(store=store, blobs=blobs),
-        watch_deliveries(store=store, engine=engine),
+        watch_deliveries(store=store, engine=engine, pace=members.pace),
         watch_native_runs(store=store, engine=engine),
     ]
     if is_alone:
@@ -349,7 +351,12 @@ async def _work(
         await members.join()
         loops += [
             members.run(),
-            find_lost_work(store=store, engine=engine, every_s=settings.worker.lease_s),
+            find_lost_work(
+                store=store,
+                engine=engine,
+                every_s=settings.worker.lease_s,
+                pace=members.pace,
+            ),
         ]
     try:
         async with _plain_errors(), asyncio.TaskGroup() as tasks:

@@ -1,6 +1,7 @@
 """Upkeep: what a dead process left behind, and what has had its time."""
 
 import asyncio
+import random
 import time
 from contextlib import suppress
 
@@ -11,6 +12,7 @@ from penstock.blobs.base import Blobs
 from penstock.blobs.segments import Segments
 from penstock.engine.base import Engine
 from penstock.errors import Conflict, NotFound, StorageUnavailable
+from penstock.executor.members import Pace, alone
 from penstock.model import (
     KEY_LIFE_S,
     BatchStatus,
@@ -27,6 +29,8 @@ _log = structlog.get_logger()
 _EVERY_S = 60.0
 _LOOK_EVERY_S = 2.0
 _LOOK_AT_RUNS_S = 30.0
+_LOOKS_PER_S = 2.0
+"""How often all workers together look, at most."""
 _REMEMBER_S = 30 * 86400
 """How long deliveries and uploads are listed after they have ended."""
 _AT_ONCE = 100
@@ -55,7 +59,9 @@ async def recover(
         _log.info("Going on where it stopped.", batches=batches, slices=running)
 
 
-async def find_lost_work(*, store: Store, engine: Engine, every_s: float) -> None:
+async def find_lost_work(
+    *, store: Store, engine: Engine, every_s: float, pace: Pace = alone
+) -> None:
     """See to it that no work of a cluster is lost with the process that had it, until
     cancelled.
 
@@ -64,18 +70,19 @@ async def find_lost_work(*, store: Store, engine: Engine, every_s: float) -> Non
 
     Args:
         every_s: How long after its process a job may lie.
+        pace: How often each of several workers looks; any of them finds what there is.
     """
     looked_at = float("-inf")
     while True:
         try:
             if released := await store.release_slices(now=clock.now()):
                 _log.warning("Workers are gone; their slices are handed on.", slices=released)
-            if time.monotonic() - looked_at >= every_s:
+            if time.monotonic() - looked_at >= pace(every_s, _LOOKS_PER_S / every_s):
                 await _enqueue_unfinished(store, engine)
                 looked_at = time.monotonic()
         except StorageUnavailable as error:
             _log.warning("Lost work cannot be looked for for now.", error=str(error))
-        await asyncio.sleep(_LOOK_EVERY_S)
+        await _pause(pace)
 
 
 async def _enqueue_unfinished(store: Store, engine: Engine) -> int:
@@ -139,14 +146,20 @@ async def keep_up(*, store: Store, blobs: Blobs) -> None:
         await asyncio.sleep(_EVERY_S)
 
 
-async def watch_deliveries(*, store: Store, engine: Engine) -> None:
-    """Look every 2 s for events that are due, until cancelled.
+async def _pause(pace: Pace) -> None:
+    """Wait until the next look, and not in step with other workers."""
+    await asyncio.sleep(pace(_LOOK_EVERY_S, _LOOKS_PER_S) * random.uniform(0.75, 1.25))
+
+
+async def watch_deliveries(*, store: Store, engine: Engine, pace: Pace = alone) -> None:
+    """Look every 2 s, or one of several workers does, for events that are due, until
+    cancelled.
 
     The engine knows of those that came about in this process. Others are made due from
     outside, by `penstock webhooks replay`.
     """
     while True:
-        await asyncio.sleep(_LOOK_EVERY_S)
+        await _pause(pace)
         try:
             await engine.enqueue(await store.list_due_deliveries(until=clock.now()))
         except StorageUnavailable as error:
