@@ -76,6 +76,8 @@ class Cluster:
         """What each worker is told beside that."""
         self.before: list[list[str]] = [[] for _ in range(workers)]
         """What each worker's command begins with: another command that starts it."""
+        self.hosts = ["127.0.0.1"] * workers
+        """Where each worker tells how it is."""
         self.workers: list[harness.Process] = []
         self._api: harness.Process | None = None
         self._count = workers
@@ -126,8 +128,14 @@ class Cluster:
     def start_worker(self, number: int) -> harness.Process:
         """Start a worker; it is not waited for."""
         port = harness.free_port()
-        more = {"PENSTOCK_WORKER__HEALTH_PORT": str(port), **self.of_worker[number]}
-        return self._start(f"worker-{number}", ["work"], port, more, self.before[number])
+        more = {
+            "PENSTOCK_WORKER__HEALTH_PORT": str(port),
+            "PENSTOCK_SERVER__HOST": self.hosts[number],
+            **self.of_worker[number],
+        }
+        process = self._start(f"worker-{number}", ["work"], port, more, self.before[number])
+        process.host = self.hosts[number]
+        return process
 
     def restart_api(self) -> None:
         """Start an API that was killed again, at the same address; it is not waited for."""

@@ -352,7 +352,7 @@ def kill_on_full_disk(load: Load) -> dict[str, Any]:
 
 
 def fail_io(load: Load, percent: int = 100) -> dict[str, Any]:
-    load.settings |= _preload(load.space)
+    load.settings |= preload(load.space)
     flag = load.space / "eio"
     load.settings["FAULTS_DIR"] = str(load.space / "data")
     load.settings["FAULTS_EIO"] = str(flag)
@@ -364,7 +364,7 @@ def fail_some_io(load: Load) -> dict[str, Any]:
 
 
 def leap(load: Load) -> dict[str, Any]:
-    load.settings |= _preload(load.space)
+    load.settings |= preload(load.space)
     clock = load.space / "clock"
     clock.write_text("0")
     load.settings["FAULTS_CLOCK"] = str(clock)
@@ -376,7 +376,7 @@ def leap(load: Load) -> dict[str, Any]:
     return hurt(load, set_wrong, lambda: None, 0.5)
 
 
-def _preload(space: Path) -> dict[str, str]:
+def preload(space: Path) -> dict[str, str]:
     """What makes a process start with `faults.c`."""
     compiler = shutil.which("cc")
     if compiler is None:
