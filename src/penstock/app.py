@@ -41,6 +41,7 @@ from penstock.executor.limits import ConcurrencyPolicy
 from penstock.executor.members import Members
 from penstock.executor.partial import PartialResults
 from penstock.executor.retry import RetryPolicy
+from penstock.executor.sweep import Sweeper
 from penstock.executor.upkeep import find_lost_work, keep_up, recover, watch_deliveries
 from penstock.executor.webhooks import Deliverer, DeliveryPolicy
 from penstock.executor.worker import Worker, WorkerOptions
@@ -252,6 +253,12 @@ async def _work(
         feed=feeder.poke,
         stats=metrics.work,
     )
+    sweeper = Sweeper(
+        store=store,
+        blobs=blobs,
+        segments=segments,
+        delete_leftovers=blobs.delete_leftovers if isinstance(blobs, FolderBlobs) else None,
+    )
     sender = HttpWebhookSender()
     deliverer = Deliverer(
         store=store,
@@ -266,6 +273,7 @@ async def _work(
     engine.handle(JobKind.FINALIZE, lifecycle.settle)
     engine.handle(JobKind.EXPIRE, lifecycle.expire)
     engine.handle(JobKind.WEBHOOK, deliverer.deliver)
+    engine.handle(JobKind.SWEEP, sweeper.sweep)
     loops = [
         feeder.run(),
         keep_up(store=store, blobs=blobs),
@@ -279,7 +287,12 @@ async def _work(
         await members.join()
         loops += [
             members.run(),
-            find_lost_work(store=store, engine=engine, every_s=settings.worker.lease_s),
+            find_lost_work(
+                store=store,
+                engine=engine,
+                lease_s=settings.worker.lease_s,
+                is_first=lambda: members.share()[0] == 0,
+            ),
         ]
     try:
         async with _plain_errors(), asyncio.TaskGroup() as tasks:
@@ -293,6 +306,7 @@ async def _work(
                     other.cancel()
                 worker.stop()
                 deliverer.stop()
+                sweeper.stop()
                 await _end(engine, settings.server.shutdown_grace_s + _DRAIN_S)
                 handing.cancel()
                 worker.close()

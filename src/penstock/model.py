@@ -420,6 +420,7 @@ class JobKind(StrEnum):
     FINALIZE = "finalize"  # a batch may be ready to end: see what is missing, write its files
     EXPIRE = "expire"  # a batch's completion window closes
     WEBHOOK = "webhook"  # an event is to be delivered
+    SWEEP = "sweep"  # what nothing names is to be deleted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -230,7 +230,10 @@ def test_an_api_that_is_killed_stops_no_line(ground: Ground) -> None:
     assert run.sent_again() == 0
 
 
-def test_a_database_that_is_cut_off_and_comes_back_loses_nothing(ground: Ground) -> None:
+def test_a_database_that_is_away_for_longer_than_a_lease_costs_nothing(
+    ground: Ground,
+) -> None:
+    """When it is back, the workers that live extend their leases before others look."""
     run = ground.start_batch()
     run.wait_for_lines(0.3)
 
@@ -239,7 +242,7 @@ def test_a_database_that_is_cut_off_and_comes_back_loses_nothing(ground: Ground)
     ground.postgres.start()
 
     assert run.end()["status"] == "completed"
-    assert run.sent_again() <= WORKERS * (IN_FLIGHT + ONE_FLUSH)
+    assert run.sent_again() == 0
 
 
 @pytest.mark.parametrize("trouble", [fail_in_turns, be_slow])
