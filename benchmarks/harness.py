@@ -34,10 +34,11 @@ class Process:
 
     popen: subprocess.Popen[str]
     port: int
+    host: str = "127.0.0.1"
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def memory_mb(self, name: str = "VmHWM") -> float:
         """Peak (`VmHWM`) or present (`VmRSS`) memory, in MiB."""

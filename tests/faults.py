@@ -38,6 +38,7 @@ OBJECT_SEGMENTS = "tests/unit/test_object_segments.py"
 STORAGE = "tests/unit/test_storage.py"
 ENGINE = "tests/unit/test_engine.py"
 SHARED_ENGINE = "tests/integration/test_engine_postgres.py"
+SWEEP = "tests/unit/test_sweep.py"
 RUNNING = "tests/integration/test_running.py"
 WEBHOOKS = "tests/integration/test_webhooks.py"
 WEBHOOK_HTTP = "tests/unit/test_webhook_http.py"
@@ -525,6 +526,14 @@ FAULTS = [
         "if False:",
         RUNNING,
         "never_read",
+    ),
+    Fault(
+        "sweep: what is young is deleted",
+        "executor/sweep.py",
+        "await self.delete_unnamed(written_before=before, stop=stop)",
+        "await self.delete_unnamed(stop=stop)",
+        SWEEP,
+        "spared",
     ),
     # Input files
     Fault(

@@ -45,6 +45,7 @@ from penstock.executor.native_lines import Collector
 from penstock.executor.native_plan import NativePlanner
 from penstock.executor.partial import PartialResults
 from penstock.executor.retry import RetryPolicy
+from penstock.executor.sweep import Sweeper
 from penstock.executor.upkeep import (
     find_lost_work,
     keep_up,
@@ -316,6 +317,12 @@ async def _work(
         stats=metrics.work,
         natives=NativePlanner(routes),
     )
+    sweeper = Sweeper(
+        store=store,
+        blobs=blobs,
+        segments=segments,
+        delete_leftovers=blobs.delete_leftovers if isinstance(blobs, FolderBlobs) else None,
+    )
     sender = HttpWebhookSender()
     deliverer = Deliverer(
         store=store,
@@ -331,6 +338,7 @@ async def _work(
     engine.handle(JobKind.EXPIRE, lifecycle.expire)
     engine.handle(JobKind.WEBHOOK, deliverer.deliver)
     engine.handle(JobKind.NATIVE, runner.advance)
+    engine.handle(JobKind.SWEEP, sweeper.sweep)
     loops = [
         feeder.run(),
         keep_up(store=store, blobs=blobs),
@@ -354,8 +362,8 @@ async def _work(
             find_lost_work(
                 store=store,
                 engine=engine,
-                every_s=settings.worker.lease_s,
-                pace=members.pace,
+                lease_s=settings.worker.lease_s,
+                is_first=lambda: members.share()[0] == 0,
             ),
         ]
     try:
@@ -372,6 +380,7 @@ async def _work(
                 worker.stop()
                 deliverer.stop()
                 runner.stop()
+                sweeper.stop()
                 await _end(engine, settings.server.shutdown_grace_s + _DRAIN_S)
                 handing.cancel()
                 if sharing is not None:

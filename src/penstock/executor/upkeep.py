@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import structlog
@@ -13,6 +14,7 @@ from penstock.blobs.segments import Segments
 from penstock.engine.base import Engine
 from penstock.errors import Conflict, NotFound, StorageUnavailable
 from penstock.executor.members import Pace, alone
+from penstock.executor.sweep import Sweeper, next_sweep
 from penstock.model import (
     KEY_LIFE_S,
     BatchStatus,
@@ -54,35 +56,10 @@ async def recover(
     """
     running = await store.recover_slices()
     batches = await _enqueue_unfinished(store, engine)
-    await _sweep(store=store, blobs=blobs, segments=segments)
+    await engine.enqueue(await store.recover_native_runs(due_at=clock.now() + find_after_s))
+    await Sweeper(store=store, blobs=blobs, segments=segments).delete_unnamed()
     if batches:
         _log.info("Going on where it stopped.", batches=batches, slices=running)
-
-
-async def find_lost_work(
-    *, store: Store, engine: Engine, every_s: float, pace: Pace = alone
-) -> None:
-    """See to it that no work of a cluster is lost with the process that had it, until
-    cancelled.
-
-    Slices whose leases have ended become pending again. Every batch that is not final gets
-    its jobs anew, should the engine have lost them.
-
-    Args:
-        every_s: How long after its process a job may lie.
-        pace: How often each of several workers looks; any of them finds what there is.
-    """
-    looked_at = float("-inf")
-    while True:
-        try:
-            if released := await store.release_slices(now=clock.now()):
-                _log.warning("Workers are gone; their slices are handed on.", slices=released)
-            if time.monotonic() - looked_at >= pace(every_s, _LOOKS_PER_S / every_s):
-                await _enqueue_unfinished(store, engine)
-                looked_at = time.monotonic()
-        except StorageUnavailable as error:
-            _log.warning("Lost work cannot be looked for for now.", error=str(error))
-        await _pause(pace)
 
 
 async def _enqueue_unfinished(store: Store, engine: Engine) -> int:
@@ -103,27 +80,41 @@ async def _enqueue_unfinished(store: Store, engine: Engine) -> int:
     return len(unfinished)
 
 
-async def _sweep(*, store: Store, blobs: Blobs, segments: Segments) -> None:
-    """Delete bytes that nothing names: of files whose publishing was cut off."""
-    keys: list[str] = []
-    for prefix in ("files", "parts"):
-        async for key in blobs.iter_keys(prefix):
-            keys.append(key)
-            if len(keys) >= _AT_ONCE:
-                await _delete_unused(store, blobs, keys)
-                keys = []
-    await _delete_unused(store, blobs, keys)
-    kept = await asyncio.to_thread(segments.batches)
-    # Asked for afterwards: a batch that begins meanwhile must not look as if it had ended.
-    unfinished = {batch.id for batch in await store.list_unfinished()}
-    for batch_id in kept:
-        if batch_id not in unfinished:
-            await asyncio.to_thread(segments.delete, batch_id)
+async def find_lost_work(
+    *, store: Store, engine: Engine, lease_s: float, is_first: Callable[[], bool]
+) -> None:
+    """See to it that no work of a cluster is lost with the process that had it, until
+    cancelled.
+
+    Slices whose leases have ended become pending again. Jobs that batches wait for are
+    enqueued anew, should the engine have lost them. One worker of all looks often; the others
+    seldom, for the case that it does not.
+
+    Args:
+        lease_s: How long a slice stays with a worker that gives no sign of life.
+        is_first: Whether this worker is the one that looks often.
+    """
+    looked_at = float("-inf")
+    while True:
+        try:
+            if released := await store.release_slices(now=clock.now()):
+                _log.warning("Workers are gone; their slices are handed on.", slices=released)
+            if is_first() and time.monotonic() - looked_at >= lease_s:
+                await _enqueue_lost(store, engine)
+                looked_at = time.monotonic()
+        except StorageUnavailable as error:
+            _log.warning("Lost work cannot be looked for for now.", error=str(error))
+            # When the database is back, those who live extend their leases first.
+            await asyncio.sleep(lease_s)
+        seldom_s = max(lease_s / 3, _LOOK_EVERY_S)
+        await asyncio.sleep(_LOOK_EVERY_S if is_first() else seldom_s)
 
 
-async def _delete_unused(store: Store, blobs: Blobs, keys: list[str]) -> None:
-    if keys:
-        await blobs.delete(list(await store.unused_blobs(keys)))
+async def _enqueue_lost(store: Store, engine: Engine) -> None:
+    now = clock.now()
+    await engine.enqueue(await store.list_lost_jobs(now=now))
+    await engine.enqueue(await store.list_due_deliveries(until=None))
+    await engine.enqueue([next_sweep(now)])
 
 
 async def keep_up(*, store: Store, blobs: Blobs) -> None:
@@ -181,7 +172,8 @@ async def _end_upload(store: Store, blobs: Blobs, upload: Upload) -> None:
     with suppress(Conflict):  # it has ended otherwise
         await store.end_upload(upload.id, UploadStatus.EXPIRED, now=int(clock.now()))
         keys = [key async for key in blobs.iter_keys(f"parts/{upload.id}")]
-        await _delete_unused(store, blobs, keys)
+        if keys:
+            await blobs.delete(list(await store.unused_blobs(keys)))
 
 
 async def _delete_file(store: Store, blobs: Blobs, file: File) -> None:
