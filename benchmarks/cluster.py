@@ -114,11 +114,17 @@ class Cluster:
             if process.popen.poll() is None:
                 process.kill()
 
-    def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        """A command of the cluster, to its end."""
+    def run(
+        self, *arguments: str, more: Mapping[str, str] | None = None
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run a command of the cluster, to its end.
+
+        Args:
+            more: Variables for it alone.
+        """
         return subprocess.run(
             [sys.executable, "-m", "penstock", *arguments],
-            env=self._variables("command"),
+            env=self._variables("command") | dict(more or {}),
             capture_output=True,
             text=True,
             timeout=PATIENCE_S,

@@ -56,7 +56,7 @@ _LATENCY_S = 0.2
 _FLUSH_LINES = int(_IN_FLIGHT / _LATENCY_S)
 """Of one worker in the second between two flushes."""
 _FAULT_COUNT, _SMOKE_FAULT_COUNT, _SMOKE_KILLS = 5, 2, 3
-_LINES_A_FAULT = 1000
+_LINES_A_FAULT = 2500
 _API_KILLS = 0.25
 _SKEW_S = 60
 _NAMESPACE, _HERE, _THERE = "penstock-cut", "10.203.113.1", "10.203.113.2"
@@ -105,7 +105,7 @@ class Load:
         self.create()
         amid_work = 0
         for _ in range(self.faults):
-            self.wait_for_lines(self.lines / (self.faults + 2) * self.chance.uniform(0.3, 1.0))
+            self.wait_for_lines(self.lines / (self.faults + 2) * self.chance.uniform(0.1, 0.5))
             amid_work += self.sent() < self.lines
             fault()
             self.create_second_when_due()
@@ -444,7 +444,7 @@ def main() -> None:
     parser.add_argument("--scenario", choices=[*_SCENARIOS, "all"], default="kills")
     parser.add_argument("--kills", type=int)
     parser.add_argument("--faults", type=int, help="how often in the other scenarios")
-    parser.add_argument("--lines", type=int, help="1,000 for each fault")
+    parser.add_argument("--lines", type=int, help="2,500 for each fault")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(2)))
     parser.add_argument("--smoke", action="store_true", help="few kills or faults")
     options = parser.parse_args()

@@ -4,33 +4,41 @@ PostgreSQL, an S3 server behind a proxy, an API and three workers stay for all t
 has killed is started again before the next.
 """
 
+import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import asyncpg
 import pytest
 from benchmarks import cluster as parts
 from benchmarks import harness
 from benchmarks.cluster import Cluster, until
 from benchmarks.recovery import Found
 
+import penstock as penstock_package
+from penstock import __version__
+from penstock.store import migrations
 from tests.disks import small_disk
 from tests.object_stores import Proxy, Rule, S3Bucket, moto
-from tests.postgres import PostgresServer, Unavailable, give_up
+from tests.postgres import Database, PostgresServer, Unavailable, give_up
 
 LEASE_S = 2.0
 WORKERS = 3
 IN_FLIGHT = 24
 """Of each worker at most."""
 LATENCY_S = 0.2
-LINES = 900
+LINES = 600
 SLICE = 20
 ONE_FLUSH = int(2 * IN_FLIGHT / LATENCY_S)
 """Replies of one worker that may wait for a flush of a second, or for one that is under way."""
@@ -105,6 +113,11 @@ class Run:
         goal = share * len(self.numbers)
         until(lambda: self.sent() >= goal, f"{goal:.0f} lines are sent")
 
+    def blobs(self, batch: dict[str, Any]) -> set[str]:
+        """All that is kept of it at its end."""
+        ids = [batch[f"{kind}_file_id"] for kind in ("input", "output", "error")]
+        return {f"files/{id_}" for id_ in ids if id_}
+
     def end(self) -> dict[str, Any]:
         """Wait for its end; the books balance: each line once in one file, counts as the
         files say."""
@@ -170,9 +183,10 @@ def whole(
 
 
 @pytest.fixture
-def ground(whole: Ground) -> Iterator[Ground]:
+def ground(whole: Ground, proxy: Proxy) -> Iterator[Ground]:
     """The cluster, healthy at the start."""
     whole.cluster.heal()
+    proxy.rule = pass_on
     yield whole
     print(whole.cluster.logs())  # which is shown if the test has failed
 
@@ -261,29 +275,162 @@ def test_a_storage_that_fails_for_a_while_costs_nothing(
 
 
 def test_a_cancel_reaches_all_workers(ground: Ground) -> None:
-    run = ground.start_batch()
-    run.wait_for_lines(0.3)
+    run = ground.start_batch(4 * LINES)
+    until(lambda: senders(ground) >= 2, "two workers send")
 
     ground.cluster.client.call("POST", f"/batches/{run.id}/cancel")
 
     assert run.end()["status"] == "cancelled"
     sent = run.sent()
-    assert run.found.never_run == LINES - sent
+    assert run.found.never_run == 4 * LINES - sent
     time.sleep(2 * LATENCY_S)
-    assert run.sent() == sent < LINES
+    assert run.sent() == sent < 4 * LINES
     assert run.sent_again() == 0
 
 
 def test_a_window_that_closes_ends_the_batch_with_what_there_is(ground: Ground) -> None:
-    run = ground.start_batch(3 * LINES, completion_window="5s")
+    run = ground.start_batch(4 * LINES, completion_window="5s")
 
     assert run.end()["status"] == "expired"
 
-    assert 0 < run.found.never_run < 3 * LINES
+    assert 0 < run.found.never_run < 4 * LINES
     sent = run.sent()
     time.sleep(2 * LATENCY_S)
     assert run.sent() == sent
     assert run.sent_again() == 0
+
+
+def test_a_finalizer_that_is_stopped_while_it_writes_is_replaced_and_leaves_nothing(
+    ground: Ground, proxy: Proxy, bucket: S3Bucket
+) -> None:
+    first, *others = ground.cluster.workers
+    for other in others:
+        other.kill()
+    before = set(bucket.everything())
+    run = ground.start_batch(LINES // 3)
+    is_stopped, may_go_on = threading.Event(), threading.Event()
+
+    def stop_first_writer(method: str, path: str) -> None:
+        if method == "PUT" and "/files/" in path and not is_stopped.is_set():
+            parts.stop(first)
+            is_stopped.set()
+            may_go_on.wait(60)
+
+    proxy.rule = stop_first_writer
+    assert is_stopped.wait(60)
+    ground.cluster.workers[1] = ground.cluster.start_worker(1)
+    batch = run.end()
+    may_go_on.set()
+    parts.resume(first)
+
+    assert batch["status"] == "completed"
+    assert run.sent_again() == 0
+    until(lambda: parts.readiness(first)[0] == 200, "the first is well")
+    named = run.blobs(batch)
+    until(lambda: set(bucket.everything()) - before == named, "its file is gone")
+    time.sleep(1)
+    assert set(bucket.everything()) - before == named
+
+
+def test_replies_for_a_batch_that_has_ended_meanwhile_leave_nothing(
+    ground: Ground, bucket: S3Bucket
+) -> None:
+    before = set(bucket.everything())
+    run = ground.start_batch()
+    run.wait_for_lines(0.3)
+    worker = ground.cluster.busy_worker()
+    parts.stop(worker)
+    ground.cluster.client.call("POST", f"/batches/{run.id}/cancel")
+    batch = run.end()
+    parts.resume(worker)
+
+    assert batch["status"] == "cancelled"
+    until(lambda: parts.lines_in_flight(worker) == 0, "it has heard of the end")
+    until(lambda: set(bucket.everything()) - before == run.blobs(batch), "nothing is left")
+    time.sleep(2)  # for a flush
+    assert set(bucket.everything()) - before == run.blobs(batch)
+    assert run.sent_again() == 0
+
+
+def senders(ground: Ground) -> int:
+    """How many workers have lines in flight."""
+    return sum(map(bool, map(parts.lines_in_flight, ground.cluster.workers)))
+
+
+# A deploy
+
+
+def test_old_and_new_workers_run_side_by_side_while_the_old_are_replaced(
+    ground: Ground, tmp_path: Path
+) -> None:
+    cluster = ground.cluster
+    new = {"PYTHONPATH": str(make_next_version(tmp_path))}
+    run = ground.start_batch(2 * LINES)
+    run.wait_for_lines(0.1)
+
+    migrated = cluster.run("migrate", more=new)
+    assert migrated.returncode == 0, migrated.stderr
+    for number in range(2):
+        cluster.of_worker[number] = new
+        old = cluster.workers[number].popen
+        old.send_signal(signal.SIGTERM)
+        assert old.wait(30) == 0
+        cluster.workers[number] = cluster.start_worker(number)
+        cluster.heal()
+    versions = fetch(
+        cluster.environment["PENSTOCK_DATABASE_URL"], "SELECT version FROM workers"
+    )
+    batch = run.end()
+    for number in range(2):
+        cluster.of_worker[number] = {}
+        cluster.workers[number].kill()
+
+    assert {NEXT_VERSION, __version__} <= set(versions)
+    assert batch["status"] == "completed"
+    assert run.sent_again() == 0
+
+
+NEXT_VERSION = "99.0.0"
+_NEXT_MIGRATION = """
+import sqlalchemy as sa
+from alembic import op
+
+revision = "9999"
+down_revision = "{head}"
+
+
+def upgrade() -> None:
+    op.add_column("batches", sa.Column("of_the_future", sa.Text))
+"""
+
+
+def make_next_version(folder: Path) -> Path:
+    """The package as it may be one day: with another migration, which the code of today
+    bears; where Python finds it."""
+    package = folder / "penstock"
+    shutil.copytree(Path(penstock_package.__file__).parent, package)
+    (package / "__init__.py").write_text(f'__version__ = "{NEXT_VERSION}"\n')
+    migrations_folder = package / "store" / "migrations"
+    (migrations_folder / "versions" / "9999_next.py").write_text(
+        _NEXT_MIGRATION.format(head=migrations.HEAD)
+    )
+    code = (migrations_folder / "__init__.py").read_text()
+    code = code.replace(f'HEAD = "{migrations.HEAD}"', 'HEAD = "9999"')
+    (migrations_folder / "__init__.py").write_text(code)
+    return folder
+
+
+def fetch(url: str, statement: str) -> list[Any]:
+    """The first column of what a statement finds."""
+
+    async def work() -> list[Any]:
+        connection = await asyncpg.connect(url)
+        try:
+            return [row[0] for row in await connection.fetch(statement)]
+        finally:
+            await connection.close()
+
+    return asyncio.run(work())
 
 
 # Migrations
@@ -317,6 +464,22 @@ def test_a_worker_does_not_start_on_a_database_without_tables(postgres_url: str)
     assert worker.returncode == 2
     assert "penstock migrate" in errors
     assert "Traceback" not in errors
+
+
+def test_a_worker_does_not_start_on_a_database_that_is_too_new_for_it(
+    postgres: Database, migrated_url: str
+) -> None:
+    postgres.execute(
+        "UPDATE alembic_version SET version_num = '9999'",
+        "UPDATE schema_floor SET version = '9999'",
+        database=urlsplit(migrated_url).path.lstrip("/"),
+    )
+
+    worker = penstock("work", url=migrated_url)
+    _, errors = worker.communicate(timeout=60)
+
+    assert worker.returncode == 2
+    assert "use the newer Penstock" in errors
 
 
 # A folder that all processes share
