@@ -210,6 +210,7 @@ async def server() -> AsyncIterator[ScriptedUpstream]:
 
 def test_when_a_part_is_renewed() -> None:
     def due(
+        *,
         since_s: float = 0.1,
         demand: int = 5,
         asked: int = 5,
