@@ -58,13 +58,18 @@ class Process:
 
 
 @contextlib.contextmanager
-def upstream(latency_ms: float = 0.0, *, wild: int | None = None) -> Generator[Process]:
+def upstream(
+    latency_ms: float = 0.0, *, spread: float = 0.0, wild: int | None = None
+) -> Generator[Process]:
     """Run `benchmarks.upstream` on a free port.
 
     Args:
+        spread: By which part of it the latency differs from line to line.
         wild: Starts the chance by which it misbehaves; None makes it behave.
     """
     command = [sys.executable, "-m", "benchmarks.upstream", "--latency-ms", str(latency_ms)]
+    if spread:
+        command += ["--spread", str(spread)]
     if wild is not None:
         command += ["--wild", str(wild)]
     popen = subprocess.Popen(
