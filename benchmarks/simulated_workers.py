@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from benchmarks import measured_cluster
 from penstock import clock
 from penstock.errors import StorageUnavailable
 from penstock.executor.feeder import Feeder
