@@ -300,23 +300,29 @@ def test_a_window_that_closes_ends_the_batch_with_what_there_is(ground: Ground) 
     assert run.sent_again() == 0
 
 
-def test_a_finalizer_that_is_stopped_while_it_writes_is_replaced_and_leaves_nothing(
-    ground: Ground, proxy: Proxy, bucket: S3Bucket
+@pytest.mark.parametrize(
+    ("doing", "what"), [("GET", "/segments/"), ("PUT", "/files/")], ids=["reads", "writes"]
+)
+def test_a_finalizer_that_is_stopped_is_replaced_and_leaves_nothing(
+    ground: Ground, proxy: Proxy, bucket: S3Bucket, doing: str, what: str
 ) -> None:
     first, *others = ground.cluster.workers
     for other in others:
         other.kill()
+    url = ground.cluster.environment["PENSTOCK_DATABASE_URL"]
     before = set(bucket.everything())
     run = ground.start_batch(LINES // 3)
     is_stopped, may_go_on = threading.Event(), threading.Event()
 
-    def stop_first_writer(method: str, path: str) -> None:
-        if method == "PUT" and "/files/" in path and not is_stopped.is_set():
-            parts.stop(first)
-            is_stopped.set()
-            may_go_on.wait(60)
+    def stop_it(method: str, path: str) -> None:
+        if method == doing and what in path and not is_stopped.is_set():
+            status = f"SELECT status FROM batches WHERE id = '{run.id}'"
+            if fetch(url, status) == ["finalizing"]:
+                parts.stop(first)
+                is_stopped.set()
+                may_go_on.wait(60)
 
-    proxy.rule = stop_first_writer
+    proxy.rule = stop_it
     assert is_stopped.wait(60)
     ground.cluster.workers[1] = ground.cluster.start_worker(1)
     batch = run.end()
@@ -330,6 +336,7 @@ def test_a_finalizer_that_is_stopped_while_it_writes_is_replaced_and_leaves_noth
     until(lambda: set(bucket.everything()) - before == named, "its file is gone")
     time.sleep(1)
     assert set(bucket.everything()) - before == named
+    assert "damaged" not in (ground.space / "worker-0.log").read_text()
 
 
 def test_replies_for_a_batch_that_has_ended_meanwhile_leave_nothing(

@@ -106,8 +106,9 @@ async def find_lost_work(
             _log.warning("Lost work cannot be looked for for now.", error=str(error))
             # When the database is back, those who live extend their leases first.
             await asyncio.sleep(lease_s)
-        seldom_s = max(lease_s / 3, _LOOK_EVERY_S)
-        await asyncio.sleep(_LOOK_EVERY_S if is_first() else seldom_s)
+        # As often as leases are extended: whatever hinders that is noticed here as well.
+        every_s = lease_s / 3
+        await asyncio.sleep(min(_LOOK_EVERY_S, every_s) if is_first() else every_s)
 
 
 async def _enqueue_lost(store: Store, engine: Engine) -> None:
