@@ -161,6 +161,16 @@ class ProviderHttp:
         request = self._request("POST", path).timeout(self._transfer_s).multipart(form)
         return await self._exchange(request)
 
+    async def post_stream(self, path: str, pieces: AsyncIterator[bytes]) -> ProviderAnswer:
+        """Send a JSON body as it is made.
+
+        Raises:
+            UpstreamDown: As `call`.
+        """
+        request = self._request("POST", path).timeout(self._transfer_s)
+        request = request.header("Content-Type", "application/json")
+        return await self._exchange(request.body_stream(_join(pieces)))
+
     async def download_lines(
         self, path: str, *, least_bytes: int | None = None
     ) -> AsyncGenerator[bytes]:
@@ -276,11 +286,17 @@ class ProviderHttp:
 
 async def _pieces(records: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
     """Records as lines, joined to pieces that are worth sending."""
+    async for piece in _join(record + b"\n" async for record in records):
+        yield piece
+
+
+async def _join(small: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+    """What comes, joined to pieces that are worth sending."""
     waiting: list[bytes] = []
     size = 0
-    async for record in records:
-        waiting += (record, b"\n")
-        size += len(record) + 1
+    async for piece in small:
+        waiting.append(piece)
+        size += len(piece)
         if size >= _PIECE_BYTES:
             yield b"".join(waiting)
             waiting, size = [], 0
