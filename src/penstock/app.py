@@ -53,7 +53,7 @@ from penstock.executor.worker import Worker, WorkerOptions
 from penstock.keys import key_digest, key_hint, new_key
 from penstock.model import ApiKey, JobKind, KeyId, ProjectId, Webhook, WebhookId
 from penstock.places import KEY_FILE, store_url
-from penstock.service import Service, ServiceLimits
+from penstock.service import Service, ServiceLimits, UpstreamChoices
 from penstock.settings import DEFAULT_PROJECT, Settings, Upstream
 from penstock.store.sql import SqlStore
 from penstock.telemetry import Health, Metrics
@@ -174,18 +174,19 @@ async def open_app(
         engine.handle(JobKind.FINALIZE, lifecycle.settle)
         engine.handle(JobKind.EXPIRE, lifecycle.settle)
         engine.handle(JobKind.NATIVE, runner.advance)
-        service = Service(
-            store=store,
-            blobs=blobs,
-            partial=PartialResults(store=store, segments=segments),
-            upstreams=routes,
-            limits=_service_limits(settings),
-        )
         uploads = Uploads(store=store, blobs=blobs, limits=_service_limits(settings))
         sender = HttpWebhookSender()
         await store.open()
         try:
-            project_id = await _ensure_projects(settings, store)
+            project_id, choices = await _ensure_projects(settings, store)
+            service = Service(
+                store=store,
+                blobs=blobs,
+                partial=PartialResults(store=store, segments=segments),
+                upstreams=routes,
+                limits=_service_limits(settings),
+                choices=choices,
+            )
             deliverer = Deliverer(
                 store=store,
                 engine=engine,
@@ -361,12 +362,22 @@ def _owned(data_dir: Path) -> Generator[None]:
         os.close(lock)
 
 
-async def _ensure_projects(settings: Settings, store: SqlStore) -> ProjectId:
+async def _ensure_projects(
+    settings: Settings, store: SqlStore
+) -> tuple[ProjectId, dict[ProjectId, UpstreamChoices]]:
+    """Make the projects of the settings.
+
+    Returns:
+        The project `default`, and the upstreams that each project may choose.
+    """
+    headers = {each.name: KINDS[each.kind].headers for each in settings.upstreams}
+    choices: dict[ProjectId, UpstreamChoices] = {}
     for project in settings.projects:
         owner = await store.ensure_project(project.name, weight=project.weight)
+        choices[owner.id] = {name: headers[name] for name in project.allow_upstreams}
         for key in project.api_keys:
             await _add_key(store, owner.id, project.name, key.get_secret_value())
-    return (await store.ensure_project(DEFAULT_PROJECT)).id
+    return (await store.ensure_project(DEFAULT_PROJECT)).id, choices
 
 
 async def _ensure_webhooks(

@@ -8,7 +8,7 @@ store by the executor.
 import hashlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -107,6 +107,21 @@ class PartialResults(Protocol):
         ...
 
 
+UpstreamChoices = Mapping[str, Collection[str]]
+"""The upstreams that a project may choose by name, and the headers that each understands."""
+PROVIDER_NAME = "x-tfy-provider-name"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProviderHeaders:
+    """What the headers of a request say of the upstream that it asks for."""
+
+    name: str
+    """The value of `x-tfy-provider-name`."""
+    parameters: Mapping[str, str]
+    """The other headers for providers, by name in lower case."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
     """What tells a request that creates something from the same request sent again."""
@@ -146,8 +161,10 @@ class Service:
         partial: PartialResults,
         upstreams: ModelCatalog,
         limits: ServiceLimits,
+        choices: Mapping[ProjectId, UpstreamChoices] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        self._choices = choices or {}
         self._store = store
         self._blobs = blobs
         self._partial = partial
@@ -331,6 +348,7 @@ class Service:
         metadata: Mapping[str, str] | None = None,
         default_metadata: Mapping[str, str] | None = None,
         output_life_s: int | None = None,
+        provider: ProviderHeaders | None = None,
         asked: Asked | None = None,
     ) -> Batch:
         """Create a batch; whether its file is good is found out later.
@@ -340,6 +358,8 @@ class Service:
             default_metadata: Pairs for the keys that `metadata` does not have.
             output_life_s: How long its result files are to be kept, from their creation, in
                 seconds; None means as long as usual.
+            provider: What the client's headers say of the upstream that is to take all lines;
+                passed over if the project may choose none.
             asked: What tells the request from the same one sent again; None creates a batch
                 in any case.
 
@@ -356,8 +376,9 @@ class Service:
         merged = merge_metadata(metadata, default_metadata)
         if job_name is not None:
             check_text(job_name, param="job_name", max_chars=MAX_JOB_NAME_CHARS)
+        chosen = _choose(provider, self._choices.get(project_id))
         once = asked and asked.once(
-            "batch", input_file_id, endpoint, window, job_name, merged, output_life_s
+            "batch", input_file_id, endpoint, window, job_name, merged, output_life_s, *chosen
         )
         file = await self._find_input(project_id, input_file_id)
         now = int(self._clock())
@@ -374,6 +395,8 @@ class Service:
             job_name=job_name,
             metadata=merged,
             output_life_s=output_life_s,
+            upstream=chosen[0] if chosen else None,
+            parameters=chosen[1] if chosen else None,
         )
         try:
             needs_file = not self._limits.is_strict
@@ -551,3 +574,29 @@ async def _joined(first: bytes, others: AsyncIterator[bytes]) -> AsyncIterator[b
 async def _nothing() -> AsyncIterator[bytes]:
     for piece in ():
         yield piece
+
+
+def _choose(
+    provider: ProviderHeaders | None, choices: UpstreamChoices | None
+) -> tuple[str, dict[str, str]] | tuple[()]:
+    """The upstream that is asked for and what its adapter is to know; empty if none is."""
+    if provider is None or not choices:
+        return ()
+    if provider.name not in choices:
+        raise InvalidRequest(
+            f"Invalid header '{PROVIDER_NAME}': '{provider.name}'. This project may choose "
+            f"{', '.join(sorted(choices))}.",
+            param=PROVIDER_NAME,
+            code="invalid_value",
+        )
+    understood = choices[provider.name]
+    for name in provider.parameters:
+        if name not in understood:
+            allowed = ", ".join(sorted(understood)) or "no header of this kind"
+            raise InvalidRequest(
+                f"Invalid header '{name}': the upstream '{provider.name}' understands "
+                f"{allowed}.",
+                param=name,
+                code="invalid_value",
+            )
+    return provider.name, dict(provider.parameters)

@@ -80,8 +80,10 @@ class OpenAIProvider:
         self.lists_until: int | None = None
         """How many batches the list shows; None: all."""
         self.cancels_at_once = True
-        self.on_call: Callable[[str], Awaitable[None]] | None = None
-        """Called with each route before it is carried out."""
+        self.is_down = False
+        self.on_call: Callable[[str], None] | None = None
+        """Called with `before` or `after` and the route, as each is carried out; after it, but
+        before the answer."""
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
         self.base_url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/v1"
@@ -178,15 +180,19 @@ class OpenAIProvider:
     ) -> Response:
         self.calls.append(route)
         if self.on_call is not None:
-            await self.on_call(route)
+            self.on_call(f"before {route}")
         waiting = self.troubles.get(route)
         trouble = waiting.pop(0) if waiting else Trouble()
         if request.headers.get("authorization") != f"Bearer {KEY}":
             return _error(401, f"Incorrect API key: {request.headers.get('authorization')}.")
+        if self.is_down:
+            return _error(503, "The service is down.")
         if trouble.status:
             await _drain(request)
             return _error(trouble.status, "Not now.", headers=trouble.headers)
         response = await work()
+        if self.on_call is not None:
+            self.on_call(f"after {route}")
         if trouble.is_lost:
             return StreamingResponse(_cut(b""), headers={"Content-Length": "100"})
         if trouble.is_cut:

@@ -22,10 +22,19 @@ from penstock.api.wire import (
 from penstock.errors import InvalidRequest
 from penstock.model import BatchStatus
 from penstock.refusals import wrong_type
-from penstock.service import MAX_JOB_NAME_CHARS
+from penstock.service import MAX_JOB_NAME_CHARS, ProviderHeaders
 from penstock.store.base import BatchFilter
 
 METADATA_HEADER = "x-tfy-metadata"
+PROVIDER_HEADERS = (
+    "x-tfy-provider-model",
+    "x-tfy-vertex-storage-bucket-name",
+    "x-tfy-vertex-region",
+    "x-tfy-aws-s3-bucket",
+    "x-tfy-aws-bedrock-model",
+    "x-tfy-azure-api-version",
+)
+"""What TrueFoundry's clients say of a provider, beside its name."""
 MAX_HEADER_VALUE_CHARS = 128
 MAX_TIME = 253_402_300_799
 """The last second of the year 9999, Unix time."""
@@ -74,11 +83,19 @@ OUTPUT_ANSWER = Answer(
 
 
 async def create_batch(
+    *,
     request: Request,
     service: AskedService,
     project: AskingProject,
     asked: AskedOnce,
     x_tfy_metadata: Annotated[str | None, Header(include_in_schema=False)] = None,
+    x_tfy_provider_name: Annotated[
+        str | None,
+        Header(
+            description="The upstream that is to take all lines, where the project may choose "
+            "one; else it is not read."
+        ),
+    ] = None,
 ) -> Response:
     """Create a batch.
 
@@ -95,6 +112,7 @@ async def create_batch(
         metadata=body.metadata,
         default_metadata=_read_metadata_header(x_tfy_metadata),
         output_life_s=body.output_expires_after and body.output_expires_after.seconds,
+        provider=_read_provider(request, x_tfy_provider_name),
         asked=asked,
     )
     return answer(batch_to_wire(batch))
@@ -191,6 +209,14 @@ async def _as_array(lines: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         line_end = b"\n" if text.endswith(b"\n") else b""
         yield text.removesuffix(b"\n").replace(b"\n", b",\n")
     yield b"]"
+
+
+def _read_provider(request: Request, name: str | None) -> ProviderHeaders | None:
+    if not name:
+        return None
+    headers = request.headers
+    parameters = {each: headers[each] for each in PROVIDER_HEADERS if headers.get(each)}
+    return ProviderHeaders(name=name, parameters=parameters)
 
 
 def _asked_metadata(request: Request) -> dict[str, str]:

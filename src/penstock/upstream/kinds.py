@@ -15,6 +15,8 @@ class Kind:
     """What people call it."""
     batches: str | None = None
     """Which adapter speaks to its batch API; None: it has none."""
+    headers: frozenset[str] = frozenset()
+    """Which `x-tfy-...` headers of a client its adapter reads, as `NativeJob.parameters`."""
 
 
 KINDS: dict[str, Kind] = {
