@@ -58,11 +58,15 @@ from penstock.settings import DEFAULT_PROJECT, Settings, Upstream
 from penstock.store.sql import SqlStore
 from penstock.telemetry import Health, Metrics
 from penstock.uploads import Uploads
-from penstock.upstream.base import BatchUpstream
+from penstock.upstream.anthropic_batch import AnthropicBatchUpstream
+from penstock.upstream.base import BatchUpstream, LineUpstream
 from penstock.upstream.kinds import KINDS
 from penstock.upstream.openai_batch import DIALECTS, OpenAIBatchUpstream
 from penstock.upstream.openai_http import OpenAIHttpUpstream
 from penstock.upstream.routes import NativeUse, Route, Routes
+from penstock.upstream.translated import TranslatedUpstream
+from penstock.upstream.translation import anthropic
+from penstock.upstream.translation.base import Translation
 from penstock.upstream.webhook import WebhookTarget
 from penstock.upstream.webhook_http import HttpWebhookSender
 
@@ -370,7 +374,7 @@ async def _ensure_projects(
     Returns:
         The project `default`, and the upstreams that each project may choose.
     """
-    headers = {each.name: KINDS[each.kind].headers for each in settings.upstreams}
+    headers = {each.name: KINDS[each.kind].client_headers for each in settings.upstreams}
     choices: dict[ProjectId, UpstreamChoices] = {}
     for project in settings.projects:
         owner = await store.ensure_project(project.name, weight=project.weight)
@@ -460,8 +464,9 @@ def _make_routes(settings: Settings) -> Routes:
     )
 
 
-def _make_upstream(upstream: Upstream) -> OpenAIHttpUpstream:
-    return OpenAIHttpUpstream(
+def _make_upstream(upstream: Upstream) -> LineUpstream:
+    kind = KINDS[upstream.kind]
+    http = OpenAIHttpUpstream(
         name=upstream.name,
         base_url=upstream.base_url,
         api_key=upstream.api_key.get_secret_value() if upstream.api_key else None,
@@ -471,15 +476,28 @@ def _make_upstream(upstream: Upstream) -> OpenAIHttpUpstream:
         first_byte_timeout_s=upstream.first_byte_timeout_s,
         silence_timeout_s=upstream.silence_timeout_s,
         streams=upstream.stream,
+        headers=kind.headers,
     )
+    if kind.form is None:
+        return http
+    translation, endpoint = _FORMS[kind.form]
+    return TranslatedUpstream(http, translation=translation, endpoint=endpoint)
 
 
+_FORMS: dict[str, tuple[Translation, str]] = {"anthropic": (anthropic, anthropic.MESSAGES)}
+"""What translates, and where it is sent, by the name that `upstream.kinds` gives it."""
 _BATCH_ADAPTERS: dict[str, Callable[[Upstream], BatchUpstream]] = {
     "openai": lambda upstream: OpenAIBatchUpstream(
         name=upstream.name,
         base_url=upstream.base_url,
         api_key=upstream.api_key.get_secret_value() if upstream.api_key else None,
         dialect=DIALECTS[upstream.kind],
+        connect_timeout_s=upstream.connect_timeout_s,
+    ),
+    "anthropic": lambda upstream: AnthropicBatchUpstream(
+        name=upstream.name,
+        base_url=upstream.base_url,
+        api_key=upstream.api_key.get_secret_value() if upstream.api_key else None,
         connect_timeout_s=upstream.connect_timeout_s,
     ),
 }

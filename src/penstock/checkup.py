@@ -23,6 +23,7 @@ from penstock.events import sample_event
 from penstock.places import database_path, store_url
 from penstock.settings import Settings, Upstream, WebhookSettings
 from penstock.store.sql import SqlStore
+from penstock.upstream.kinds import KINDS
 from penstock.upstream.openai_http import OpenAIHttpUpstream
 from penstock.upstream.webhook import WebhookReply, WebhookTarget
 from penstock.upstream.webhook_http import HttpWebhookSender
@@ -120,6 +121,7 @@ async def check_upstream(settings: Upstream) -> Finding:
             max_concurrency=settings.max_concurrency,
             request_timeout_s=min(settings.request_timeout_s, 30),
             connect_timeout_s=settings.connect_timeout_s,
+            headers=KINDS[settings.kind].headers,
         )
         try:
             models = await upstream.list_models()

@@ -17,7 +17,7 @@ import json
 import re
 import secrets
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Self
 
@@ -33,6 +33,7 @@ KEY = "sk-ant-0123456789"
 CREATE, LIST, GET = "POST /batches", "GET /batches", "GET /batches/{id}"
 CANCEL, RESULTS = "POST /batches/{id}/cancel", "GET /batches/{id}/results"
 DELETE = "DELETE /batches/{id}"
+MESSAGE = "POST /messages"
 VERSIONS = ("2023-06-01", "2026-10-21")
 """Of the API, <https://platform.claude.com/docs/en/api/versioning>."""
 _CUSTOM_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -97,6 +98,8 @@ class AnthropicProvider:
             Route(f"{root}/{{id}}", self._delete, methods=["DELETE"]),
             Route(f"{root}/{{id}}/cancel", self._cancel, methods=["POST"]),
             Route(f"{root}/{{id}}/results", self._give_results, methods=["GET"]),
+            Route("/v1/messages", self._message, methods=["POST"]),
+            Route("/v1/models", self._models, methods=["GET"]),
         ]
         config = uvicorn.Config(
             Starlette(routes=routes), log_level="critical", lifespan="off", access_log=False
@@ -161,7 +164,7 @@ class AnthropicProvider:
             async for _ in request.stream():
                 pass
             kind = "rate_limit_error" if trouble.status == 429 else "api_error"
-            return _error(trouble.status, kind, "Not now.")
+            return _error(trouble.status, kind, "Not now.", trouble.headers)
         response = await work()
         if trouble.is_lost or trouble.is_cut:
             whole = bytes(response.body)
@@ -254,6 +257,23 @@ class AnthropicProvider:
 
         return await self._serve(RESULTS, request, work)
 
+    async def _message(self, request: Request) -> Response:
+        async def work() -> Response:
+            got = self.behave("", await request.json()) or errored("api_error", "Nothing.")
+            if got["type"] == "succeeded":
+                return JSONResponse(got["message"])
+            error = got["error"]["error"]
+            return _error(400, error["type"], error["message"])
+
+        return await self._serve(MESSAGE, request, work)
+
+    async def _models(self, request: Request) -> Response:
+        async def work() -> Response:
+            model = {"type": "model", "id": "claude-sonnet-4-5", "display_name": "Claude"}
+            return JSONResponse({"data": [model], "has_more": False})
+
+        return await self._serve("GET /models", request, work)
+
 
 def _fault(requests: list[dict[str, Any]]) -> str | None:
     """What is wrong with the requests of a batch; of their params only what all need."""
@@ -272,9 +292,11 @@ def _now() -> str:
     return datetime.now(UTC).isoformat()
 
 
-def _error(status: int, kind: str, told: str) -> Response:
+def _error(
+    status: int, kind: str, told: str, headers: Mapping[str, str] | None = None
+) -> Response:
     body = {"type": "error", "error": {"type": kind, "message": told}, "request_id": "req_1"}
-    return JSONResponse(body, status_code=status)
+    return JSONResponse(body, status_code=status, headers=headers)
 
 
 def _not_found() -> Response:

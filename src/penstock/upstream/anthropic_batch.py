@@ -43,7 +43,6 @@ LIMITS = BatchLimits(
     max_bytes=256_000_000,
     one_model=False,
 )
-API_VERSION = "2023-06-01"
 BATCH_ID = "batch_id"
 _REQUESTS = "requests"
 """How many there are, by which `find` knows a batch of another size for another's."""
@@ -80,7 +79,7 @@ class AnthropicBatchUpstream:
         self.name = name
         self.limits = LIMITS
         self.find_after_s = find_after_s
-        headers = {"anthropic-version": API_VERSION}
+        headers = {"anthropic-version": anthropic.API_VERSION}
         if api_key:
             headers["x-api-key"] = api_key
         self._http = ProviderHttp(

@@ -4,7 +4,10 @@ To add a provider, add a row; if its batch API is not like OpenAI's, add its ada
 table in `app` that makes them.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from penstock.upstream.translation.anthropic import API_VERSION
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,7 +18,11 @@ class Kind:
     """What people call it."""
     batches: str | None = None
     """Which adapter speaks to its batch API; None: it has none."""
-    headers: frozenset[str] = frozenset()
+    form: str | None = None
+    """Which form its bodies have; None: OpenAI's."""
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What each request needs beside the key."""
+    client_headers: frozenset[str] = frozenset()
     """Which `x-tfy-...` headers of a client its adapter reads, as `NativeJob.parameters`."""
 
 
@@ -24,6 +31,12 @@ KINDS: dict[str, Kind] = {
     "penstock": Kind(title="another Penstock", batches="openai"),
     "azure": Kind(title="Azure OpenAI", batches="openai"),
     "groq": Kind(title="Groq", batches="openai"),
+    "anthropic": Kind(
+        title="Anthropic",
+        batches="anthropic",
+        form="anthropic",
+        headers={"anthropic-version": API_VERSION},
+    ),
     "together": Kind(title="Together AI", batches="openai"),
 }
 """By name."""

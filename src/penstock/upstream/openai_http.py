@@ -7,7 +7,7 @@ one JSON object. How the bytes come and go stands in `http1` and `reqwest`.
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
@@ -63,6 +63,7 @@ class OpenAIHttpUpstream:
         silence_timeout_s: How long nothing may come of it then; 0 sets no limit.
         streams: Whether answers are asked for piece by piece, where the endpoint can do that;
             a reply is the same as without.
+        headers: Sent with each request, beside those that all have.
         max_reply_bytes: The longest body that is accepted.
         make_transport: Makes what its requests go through.
 
@@ -82,6 +83,7 @@ class OpenAIHttpUpstream:
         first_byte_timeout_s: float = 0.0,
         silence_timeout_s: float = 0.0,
         streams: bool = False,
+        headers: Mapping[str, str] | None = None,
         max_reply_bytes: int = 64 * 1024 * 1024,
         make_transport: MakeTransport | None = None,
     ) -> None:
@@ -93,10 +95,11 @@ class OpenAIHttpUpstream:
         base = parse_base_url(name, base_url)
         self._base_path = base.path.rstrip("/")
         self._paths = {endpoint: self._path(endpoint) for endpoint in ENDPOINTS}
-        headers = {
+        sent = {
             "User-Agent": f"penstock/{__version__}",
             "Content-Type": "application/json",
             "Accept": "application/json",
+            **(headers or {}),
         }
         if api_key:
             if not SENDABLE.fullmatch(api_key):
@@ -104,11 +107,11 @@ class OpenAIHttpUpstream:
                     f"The api_key of upstream {name} has characters that cannot be sent in a"
                     " header; it must be one line of visible characters."
                 )
-            headers["Authorization"] = f"Bearer {api_key}"
+            sent["Authorization"] = f"Bearer {api_key}"
         self._transport = (make_transport or choose_transport)(
             base,
             TransportOptions(
-                headers=headers,
+                headers=sent,
                 timeout_s=request_timeout_s,
                 connect_timeout_s=connect_timeout_s,
                 first_byte_timeout_s=first_byte_timeout_s,

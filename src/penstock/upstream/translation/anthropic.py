@@ -36,6 +36,8 @@ from penstock.upstream.translation.decoding import decode, find
 _Json = dict[str, Any]
 _encode = msgspec.json.encode
 MESSAGES = "/v1/messages"
+API_VERSION = "2023-06-01"
+"""For the header `anthropic-version`: 2026-10-21 takes no sampling parameters."""
 _NAME = "Anthropic"
 _MEDIA_TYPES = ("image/jpeg", "image/png", "image/gif", "image/webp")
 _CALL_ID = re.compile(r"[a-zA-Z0-9_-]+")
