@@ -13,6 +13,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any, Self
+from urllib.parse import quote
 
 import boto3
 import botocore.config
@@ -105,6 +106,10 @@ class Buckets:
             head = [("Content-Type", "application/xml"), ("Content-Length", str(len(_DENIED)))]
             start_response(f"{trouble.status} No", head)
             return [_DENIED]
+        # Google's clients write every sign of a path in hexadecimal, which moto does not read.
+        environ["RAW_URI"] = environ["REQUEST_URI"] = quote(environ["PATH_INFO"]) + (
+            f"?{environ['QUERY_STRING']}" if environ["QUERY_STRING"] else ""
+        )
         answer = self._app(environ, start_response)
         return _half(b"".join(answer)) if trouble.is_cut else answer
 
