@@ -557,9 +557,9 @@ def test_without_botocore_it_says_what_to_install(monkeypatch: pytest.MonkeyPatc
         ({"region": "US East"}, "region of upstream hosted is 'US East'"),
         ({"region": "us-east-1.evil.example#"}, "region of upstream hosted"),
         ({"role_arn": "batch"}, "role_arn of upstream hosted is 'batch'"),
-        ({"storage": "bucket"}, "storage of upstream hosted is 'bucket'"),
+        ({"storage": "bucket"}, "batch_storage of upstream hosted is 'bucket'"),
         ({"storage": "gs://bucket"}, "s3://bucket/folder"),
-        ({"storage": "s3://bucket/a b"}, "storage of upstream hosted"),
+        ({"storage": "s3://bucket/a b"}, "batch_storage of upstream hosted"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, str], told: str) -> None:

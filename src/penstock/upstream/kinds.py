@@ -24,6 +24,10 @@ class Kind:
     """What each request needs beside the key."""
     client_headers: frozenset[str] = frozenset()
     """Which `x-tfy-...` headers of a client its adapter reads, as `NativeJob.parameters`."""
+    needs: tuple[str, ...] = ()
+    """Which settings of an upstream its adapter cannot do without."""
+    takes: tuple[str, ...] = ()
+    """Which others it reads, that other kinds do not have."""
 
 
 KINDS: dict[str, Kind] = {
@@ -38,5 +42,27 @@ KINDS: dict[str, Kind] = {
         headers={"anthropic-version": API_VERSION},
     ),
     "together": Kind(title="Together AI", batches="openai"),
+    "bedrock": Kind(
+        title="Amazon Bedrock",
+        batches="bedrock",
+        client_headers=frozenset(
+            {"x-tfy-aws-s3-bucket", "x-tfy-aws-bedrock-model", "x-tfy-provider-model"}
+        ),
+        needs=("region", "batch_storage", "role_arn"),
+        takes=("batch_url", "batch_storage_url"),
+    ),
+    "vertex": Kind(
+        title="Gemini at Vertex AI",
+        batches="vertex",
+        client_headers=frozenset(
+            {
+                "x-tfy-vertex-storage-bucket-name",
+                "x-tfy-vertex-region",
+                "x-tfy-provider-model",
+            }
+        ),
+        needs=("region", "batch_storage", "google_project"),
+        takes=("service_account", "batch_url", "batch_storage_url"),
+    ),
 }
 """By name."""
