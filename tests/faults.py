@@ -40,6 +40,9 @@ ADMISSION = "tests/unit/test_admission.py"
 CIRCUIT = "tests/unit/test_circuit.py"
 LIMITS = "tests/unit/test_limits.py"
 OUTAGE = "tests/integration/test_outage.py"
+NATIVE = "tests/integration/test_native.py"
+NATIVE_CRASH = "tests/integration/test_native_crash.py"
+NATIVE_PLAN = "tests/unit/test_native_plan.py"
 
 
 @dataclass(frozen=True)
@@ -754,6 +757,101 @@ FAULTS = [
         "for key in keys[:1]]",
         SIGNING,
         "either",
+    ),
+    Fault(
+        "a native run is not kept as submitting before its job is submitted",
+        "executor/native.py",
+        "            status=NativeRunStatus.SUBMITTING,\n            begun_at",
+        "            status=NativeRunStatus.WAITING,\n            begun_at",
+        NATIVE_CRASH,
+        "paid_once or pays_once",
+    ),
+    Fault(
+        "a provider is not asked whether it has a native job already",
+        "executor/native.py",
+        "        if native_id is None:\n            return",
+        "        if True:\n            return",
+        NATIVE_CRASH,
+        "paid_once or pays_once",
+    ),
+    Fault(
+        "a native run that may fall back goes on to the end of the window",
+        "executor/native_plan.py",
+        "_FALLBACK_SHARE * window_s if falls_back",
+        "0 * window_s if falls_back",
+        NATIVE_PLAN,
+        "fall_back",
+    ),
+    Fault(
+        "the version of a native run fences nothing",
+        "store/sql_natives.py",
+        'if row is None or row["version"] != run.version:',
+        "if row is None:",
+        STORE,
+        "older_version",
+    ),
+    Fault(
+        "a wish to cancel a native run is written over",
+        "store/sql_natives.py",
+        "    if wanted is not None and run.cancel_wanted_at is None:",
+        "    if False:",
+        STORE,
+        "wish_to_cancel",
+    ),
+    Fault(
+        "slices of a native run are claimed by workers",
+        "store/sql.py",
+        "    slices.c.native_run.is_(None), batches.c.status.in_(_CLAIMABLE)\n",
+        "    batches.c.status.in_(_CLAIMABLE)\n",
+        STORE,
+        "native or slices_of_a_run or stays_with",
+    ),
+    Fault(
+        "a batch is written while native runs hold slices",
+        "executor/lifecycle.py",
+        "held = tally.running + tally.native",
+        "held = tally.running",
+        RULES,
+    ),
+    Fault(
+        "doubled results of a provider count twice",
+        "executor/native_lines.py",
+        "if taken is None or line is None or line in taken.writer.lines:",
+        "if taken is None or line is None:",
+        NATIVE,
+        "each_line_has_one_result",
+    ),
+    Fault(
+        "slices of one block are written one after the other",
+        "executor/lifecycle.py",
+        "key=lambda each: each.piece.start",
+        "key=lambda each: each.piece.index",
+        NATIVE,
+        "mixed_file",
+    ),
+    Fault(
+        "lines of a slice's neighbours of the same block are sent along",
+        "executor/worker.py",
+        ", models=piece.models)",
+        ")",
+        NATIVE,
+        "mixed_file",
+    ),
+    Fault(
+        "failures of a provider that may pass are kept although they are to be sent again",
+        "executor/native_lines.py",
+        "not (self._verdict.sends_again and may_pass(reply))",
+        "True",
+        NATIVE,
+        "with_fallback",
+    ),
+    Fault(
+        "a native job whose lines were all given out is taken for one that was not taken",
+        "executor/native_lines.py",
+        "            self.is_whole = given_out >= self.count\n",
+        "",
+        NATIVE_CRASH,
+        "paid_once",
     ),
 ]
 

@@ -1,5 +1,9 @@
-"""A process that runs one batch at a provider, to be killed: `python -m tests.providers.one_batch
-DATA_DIR BASE_URL`. Started again on the same directory it goes on, and prints the results."""
+"""A process that runs one batch at a provider, to be killed.
+
+    python -m tests.providers.one_batch DATA_DIR BASE_URL
+
+Started again on the same directory it goes on, and prints the results.
+"""
 
 import asyncio
 import json

@@ -64,6 +64,9 @@ def echo(custom_id: str, body: dict[str, Any]) -> tuple[int, Any]:
 class OpenAIProvider:
     """The server, on a free port of loopback."""
 
+    upload_path = "/files"
+    purpose = "batch"
+
     def __init__(self, *, is_quick: bool = False, behave: Behave = echo) -> None:
         self.behave = behave
         self.is_quick = is_quick
@@ -90,7 +93,7 @@ class OpenAIProvider:
 
     async def __aenter__(self) -> Self:
         routes = [
-            Route("/v1/files", self._upload, methods=["POST"]),
+            Route(f"/v1{self.upload_path}", self._upload, methods=["POST"]),
             Route("/v1/files/{id}", self._get_file, methods=["GET"]),
             Route("/v1/files/{id}", self._delete_file, methods=["DELETE"]),
             Route("/v1/files/{id}/content", self._content, methods=["GET"]),
@@ -173,6 +176,24 @@ class OpenAIProvider:
             if lines:
                 batch[name] = self._add_file(b"".join(lines), "batch_output", "out.jsonl")
 
+    # How things look
+
+    def show(self, batch: dict[str, Any]) -> Any:
+        return batch
+
+    def show_new(self, batch: dict[str, Any]) -> Any:
+        """The answer to the creation of a batch."""
+        return self.show(batch)
+
+    def show_list(self, page: list[dict[str, Any]], *, has_more: bool) -> Any:
+        return {
+            "object": "list",
+            "data": [self.show(batch) for batch in page],
+            "first_id": page[0]["id"] if page else None,
+            "last_id": page[-1]["id"] if page else None,
+            "has_more": has_more,
+        }
+
     # The routes
 
     async def _serve(
@@ -208,7 +229,7 @@ class OpenAIProvider:
                 file, purpose = form["file"], str(form["purpose"])
                 assert not isinstance(file, str)
                 data = await file.read()
-            if purpose != "batch" or not data:
+            if purpose != self.purpose or not data:
                 return _error(400, "Invalid file format for Batch API. Must be .jsonl")
             file_id = self._add_file(data, purpose, str(file.filename))
             return JSONResponse(self.files[file_id])
@@ -242,7 +263,7 @@ class OpenAIProvider:
                 "request_counts": {"total": 0, "completed": 0, "failed": 0},
                 "metadata": body.get("metadata"),
             }
-            return JSONResponse(self.batches[native_id])
+            return JSONResponse(self.show_new(self.batches[native_id]))
 
         return await self._serve(CREATE, request, work)
 
@@ -257,15 +278,7 @@ class OpenAIProvider:
                 ids = [batch["id"] for batch in newest]
                 newest = newest[ids.index(after) + 1 :]
             page = newest[:limit]
-            return JSONResponse(
-                {
-                    "object": "list",
-                    "data": page,
-                    "first_id": page[0]["id"] if page else None,
-                    "last_id": page[-1]["id"] if page else None,
-                    "has_more": len(newest) > limit,
-                }
-            )
+            return JSONResponse(self.show_list(page, has_more=len(newest) > limit))
 
         return await self._serve(LIST, request, work)
 
@@ -276,7 +289,7 @@ class OpenAIProvider:
                 return _error(404, "No batch found with that ID.")
             if self.is_quick and batch["status"] not in FINAL:
                 self.end(batch["id"])
-            return JSONResponse(batch)
+            return JSONResponse(self.show(batch))
 
         return await self._serve(GET, request, work)
 
@@ -290,7 +303,7 @@ class OpenAIProvider:
             batch["status"] = "cancelling"
             if self.cancels_at_once:
                 self.end(batch["id"], "cancelled", only=1)
-            return JSONResponse(batch)
+            return JSONResponse(self.show(batch))
 
         return await self._serve(CANCEL, request, work)
 

@@ -36,6 +36,8 @@ def step(status: BatchStatus, *, now: float = CLOSE - 1, **slices: int) -> Step:
         ({"ended": 2, "running": 1}, Step.WAIT, Step.STOP),
         ({"running": 1, "pending": 5}, Step.WAIT, Step.STOP),
         ({"pending": 5}, Step.WAIT, Step.WRITE),
+        ({"pending": 5, "native": 1}, Step.WAIT, Step.STOP),
+        ({"ended": 2, "pending": 1, "native": 1}, Step.WAIT, Step.STOP),
     ],
 )
 def test_a_batch_is_written_when_its_slices_ended_or_its_window_closed_and_none_runs(
@@ -55,6 +57,7 @@ def test_a_batch_is_written_when_its_slices_ended_or_its_window_closed_and_none_
         ({"pending": 3}, Step.WRITE),
         ({"pending": 2, "running": 1}, Step.STOP),
         ({"ended": 2, "running": 1}, Step.STOP),
+        ({"ended": 2, "pending": 2, "native": 1}, Step.STOP),
     ],
 )
 def test_a_cancelled_batch_is_written_when_none_of_its_slices_runs(

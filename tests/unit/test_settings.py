@@ -248,6 +248,14 @@ def test_variables_of_the_client_and_of_kubernetes_are_passed_over(
          "http://127.0.0.1:9000/v1."),
         (UPSTREAM + 'kind = "acme"', 'upstreams[0].kind is "acme" (file penstock.toml); it '
          f"must be one of {', '.join(KINDS)}."),
+        (UPSTREAM + 'mode = "native"\ngroup = "a"', 'upstreams[0].mode is "native" (file '
+         "penstock.toml); it must be lines for an upstream of a group, because a batch of a "
+         "provider is not shared."),
+        (UPSTREAM + 'fallback = "lines"', 'upstreams[0].fallback is "lines" (file '
+         "penstock.toml); it must be none where upstreams[0].mode is lines."),
+        ('[[projects]]\nname = "a"\nallow_upstreams = ["b"]\n' + UPSTREAM,
+         'projects[0].allow_upstreams[0] is "b" (file penstock.toml); it must be the name of '
+         "an upstream without a group: local."),
         (UPSTREAM + "models = []", "upstreams[0].models is [] (file penstock.toml); it must be "
          "a list of at least one pattern."),
         (UPSTREAM + UPSTREAM, 'upstreams[1].name is "local" (file penstock.toml); it must not '

@@ -343,8 +343,10 @@ class BatchUpstreamContract:
         await upstream.cancel(job, native_id)
 
         async with asyncio.timeout(PATIENCE_S):
-            while not (status := await upstream.check(job, native_id)).is_final:
+            status = await upstream.check(job, native_id)
+            while not status.is_final:
                 await asyncio.sleep(0.02)
+                status = await upstream.check(job, native_id)
         assert status.state in (NativeState.CANCELLED, NativeState.ENDED)
 
     async def test_cancelling_a_job_that_has_ended_does_nothing(

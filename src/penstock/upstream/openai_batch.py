@@ -68,8 +68,6 @@ class Dialect:
     window: Callable[[float], str]
     """The completion window to ask for, with so many seconds left."""
     has_metadata: bool = True
-    auth_header: str = "Authorization"
-    auth_prefix: str = "Bearer "
     find_after_s: float = 60.0
     """After how long the list shows a batch whose creation brought no answer."""
 
@@ -130,8 +128,6 @@ DIALECTS: dict[str, Dialect] = {
         ),
         upload_fields=_PURPOSE,
         window=_one_day,
-        auth_header="api-key",
-        auth_prefix="",
     ),
     "groq": Dialect(
         limits=BatchLimits(
@@ -183,9 +179,7 @@ class OpenAIBatchUpstream:
         self.limits = dialect.limits
         self.find_after_s = dialect.find_after_s
         self._dialect = dialect
-        headers: dict[str, str] = {}
-        if api_key:
-            headers[dialect.auth_header] = dialect.auth_prefix + api_key
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = ProviderHttp(
             name=f"The upstream {name}",
             base_url=base_url,
@@ -241,7 +235,11 @@ class OpenAIBatchUpstream:
             body["metadata"] = _metadata(job)
         try:
             answer = await self._http.call(
-                "POST", "/batches", json=body, headers={"Idempotency-Key": job.key}
+                "POST",
+                "/batches",
+                json=body,
+                # The file makes it another request, with the same key or not.
+                headers={"Idempotency-Key": f"{job.key}-{file_id}"},
             )
         except NoConnection as error:
             raise JobNotTaken(str(error)) from error
@@ -288,7 +286,8 @@ class OpenAIBatchUpstream:
             completed=counts.completed,
             failed=counts.failed,
             details={name: file_id for name, file_id in files.items() if file_id},
-            message=" ".join(filter(None, (fault.message for fault in faults[:3]))),
+            message=" ".join(filter(None, (fault.message for fault in faults[:3])))
+            or (batch.error if isinstance(batch.error, str) else ""),
             may_pass=bool(faults) and all(fault.code in _PASSING_CODES for fault in faults),
         )
 
@@ -463,6 +462,8 @@ class _Batch(msgspec.Struct):
     created_at: float | str = 0.0
     """Unix seconds, but with some a date, which is not needed."""
     errors: _Faults | None = None
+    error: Any = None
+    """What some say in place of `errors`: a sentence."""
     request_counts: _Counts | None = None
     metadata: dict[str, Any] | None = None
 
