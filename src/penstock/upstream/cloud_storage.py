@@ -76,8 +76,8 @@ def parse_place(name: str, scheme: str, url: str) -> Place:
     path = path.strip("/")
     if start != scheme or not is_bucket(bucket) or not (not path or _PREFIX.fullmatch(path)):
         raise InvalidSettings(
-            f"The batch_storage of upstream {name} is {url!r}; it must be a bucket, and a folder in "
-            f"it if you like, such as {scheme}://bucket/folder."
+            f"The batch_storage of upstream {name} is {url!r}; it must be a bucket, and a "
+            f"folder in it if you like, such as {scheme}://bucket/folder."
         )
     return Place(bucket, path)
 
