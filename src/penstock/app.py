@@ -65,6 +65,7 @@ from penstock.telemetry import Health, Metrics
 from penstock.uploads import Uploads
 from penstock.upstream.anthropic_batch import AnthropicBatchUpstream
 from penstock.upstream.base import BatchUpstream, LineUpstream
+from penstock.upstream.bedrock_batch import BedrockBatchUpstream
 from penstock.upstream.kinds import KINDS
 from penstock.upstream.openai_batch import DIALECTS, OpenAIBatchUpstream
 from penstock.upstream.openai_http import OpenAIHttpUpstream
@@ -72,6 +73,7 @@ from penstock.upstream.routes import NativeUse, Route, Routes
 from penstock.upstream.translated import TranslatedUpstream
 from penstock.upstream.translation import anthropic
 from penstock.upstream.translation.base import Translation
+from penstock.upstream.vertex_batch import VertexBatchUpstream
 from penstock.upstream.webhook import WebhookTarget
 from penstock.upstream.webhook_http import HttpWebhookSender
 
@@ -441,7 +443,7 @@ async def _ensure_projects(
     Returns:
         The project `default`, and the upstreams that each project may choose.
     """
-    headers = {each.name: KINDS[each.kind].headers for each in settings.upstreams}
+    headers = {each.name: KINDS[each.kind].client_headers for each in settings.upstreams}
     choices: dict[ProjectId, UpstreamChoices] = {}
     for project in settings.projects:
         owner = await store.ensure_project(
@@ -547,7 +549,7 @@ def _make_upstream(upstream: Upstream) -> LineUpstream:
         first_byte_timeout_s=upstream.first_byte_timeout_s,
         silence_timeout_s=upstream.silence_timeout_s,
         streams=upstream.stream,
-        headers=kind.request_headers,
+        headers=kind.headers,
     )
     if kind.form is None:
         return http
@@ -569,6 +571,25 @@ _BATCH_ADAPTERS: dict[str, Callable[[Upstream], BatchUpstream]] = {
         name=upstream.name,
         base_url=upstream.base_url,
         api_key=upstream.api_key.get_secret_value() if upstream.api_key else None,
+        connect_timeout_s=upstream.connect_timeout_s,
+    ),
+    "bedrock": lambda upstream: BedrockBatchUpstream(
+        name=upstream.name,
+        region=upstream.region or "",
+        storage=upstream.batch_storage or "",
+        role_arn=upstream.role_arn or "",
+        endpoint=upstream.batch_url,
+        storage_endpoint=upstream.batch_storage_url,
+        connect_timeout_s=upstream.connect_timeout_s,
+    ),
+    "vertex": lambda upstream: VertexBatchUpstream(
+        name=upstream.name,
+        project=upstream.google_project or "",
+        region=upstream.region or "",
+        storage=upstream.batch_storage or "",
+        service_account=upstream.service_account,
+        endpoint=upstream.batch_url,
+        storage_endpoint=upstream.batch_storage_url,
         connect_timeout_s=upstream.connect_timeout_s,
     ),
 }

@@ -18,12 +18,16 @@ class Kind:
     """What people call it."""
     batches: str | None = None
     """Which adapter speaks to its batch API; None: it has none."""
-    headers: frozenset[str] = frozenset()
-    """Which `x-tfy-...` headers of a client its adapter reads, as `NativeJob.parameters`."""
     form: str | None = None
     """Which form its bodies have; None: OpenAI's."""
-    request_headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
     """What each request needs beside the key."""
+    client_headers: frozenset[str] = frozenset()
+    """Which `x-tfy-...` headers of a client its adapter reads, as `NativeJob.parameters`."""
+    needs: tuple[str, ...] = ()
+    """Which settings of an upstream its adapter cannot do without."""
+    takes: tuple[str, ...] = ()
+    """Which others it reads, that other kinds do not have."""
 
 
 KINDS: dict[str, Kind] = {
@@ -35,8 +39,30 @@ KINDS: dict[str, Kind] = {
         title="Anthropic",
         batches="anthropic",
         form="anthropic",
-        request_headers={"anthropic-version": API_VERSION},
+        headers={"anthropic-version": API_VERSION},
     ),
     "together": Kind(title="Together AI", batches="openai"),
+    "bedrock": Kind(
+        title="Amazon Bedrock",
+        batches="bedrock",
+        client_headers=frozenset(
+            {"x-tfy-aws-s3-bucket", "x-tfy-aws-bedrock-model", "x-tfy-provider-model"}
+        ),
+        needs=("region", "batch_storage", "role_arn"),
+        takes=("batch_url", "batch_storage_url"),
+    ),
+    "vertex": Kind(
+        title="Gemini at Vertex AI",
+        batches="vertex",
+        client_headers=frozenset(
+            {
+                "x-tfy-vertex-storage-bucket-name",
+                "x-tfy-vertex-region",
+                "x-tfy-provider-model",
+            }
+        ),
+        needs=("region", "batch_storage", "google_project"),
+        takes=("service_account", "batch_url", "batch_storage_url"),
+    ),
 }
 """By name."""
