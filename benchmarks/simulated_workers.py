@@ -302,8 +302,8 @@ class _Worker:
                 find_lost_work(
                     store=self._store,
                     engine=self._engine,  # type: ignore[arg-type]
-                    every_s=30,
-                    pace=self._members.pace,
+                    lease_s=30,
+                    is_first=lambda: self._members.share()[0] == 0,
                 ),
                 watch_deliveries(
                     store=self._store,
