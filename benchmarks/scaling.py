@@ -12,6 +12,7 @@ Each part prints one JSON object a line. `docs/scaling.md` says what follows fro
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import harness, measured_cluster, simulated_workers
@@ -39,15 +40,13 @@ def main() -> None:
 # Costs
 
 
-def measure_costs(*, smoke: bool) -> list[dict[str, Any]]:
+def measure_costs(*, smoke: bool) -> Iterator[dict[str, Any]]:
     lines = 1024 if smoke else 20_480
-    slow = [] if smoke else _count_asked(4096, in_flight=256, latency_s=4.0)
-    return [
-        *_count_asked(lines, in_flight=256, latency_s=0.5),
-        *slow,
-        _time_processors(lines),
-        _count_idle(3 if smoke else 20, workers=2),
-    ]
+    yield from _count_asked(lines, in_flight=256, latency_s=0.5)
+    if not smoke:
+        yield from _count_asked(4096, in_flight=256, latency_s=4.0)
+    yield _time_processors(lines)
+    yield _count_idle(3 if smoke else 20, workers=2)
 
 
 def _count_asked(lines: int, *, in_flight: int, latency_s: float) -> list[dict[str, Any]]:

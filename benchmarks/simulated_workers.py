@@ -12,7 +12,7 @@ import secrets
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -69,12 +69,10 @@ class Load:
         return self.workers * self.held / self.slice_s
 
 
-def measure(*, smoke: bool) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def measure(*, smoke: bool) -> Iterator[dict[str, Any]]:
     for name, load in _loads(smoke):
         with measured_cluster.postgres() as server:
-            rows.append({"of": name, **_measure(server, load)})
-    return rows
+            yield {"of": name, **_measure(server, load)}
 
 
 def _loads(smoke: bool) -> list[tuple[str, Load]]:
