@@ -359,6 +359,20 @@ def test_replies_for_a_batch_that_has_ended_meanwhile_leave_nothing(
     assert run.sent_again() == 0
 
 
+def test_one_sweep_waits_for_its_hour_however_many_workers_ask_for_it(
+    ground: Ground,
+) -> None:
+    url = ground.cluster.environment["PENSTOCK_DATABASE_URL"]
+    in_hours = (
+        "SELECT round(extract(epoch FROM execute_after - now()) / 3600)::int "
+        "FROM penstock_jobs.pgqueuer WHERE entrypoint = 'sweep'"
+    )
+
+    until(lambda: fetch(url, in_hours), "a sweep is to come")
+
+    assert fetch(url, in_hours) == [1]
+
+
 def senders(ground: Ground) -> int:
     """How many workers have lines in flight."""
     return sum(map(bool, map(parts.lines_in_flight, ground.cluster.workers)))

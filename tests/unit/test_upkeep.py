@@ -31,12 +31,15 @@ async def store(tmp_path: Path) -> AsyncIterator[SqlStore]:
     await store.close()
 
 
-async def look_once(store: SqlStore, *, is_first: bool) -> list[tuple[JobKind, str]]:
+async def look(
+    store: SqlStore, *, is_first: bool, lease_s: float = 30
+) -> list[tuple[JobKind, str]]:
+    """What is enqueued within half a second."""
     engine = Recorder()
     with suppress(TimeoutError):
         async with asyncio.timeout(0.5):
             await find_lost_work(
-                store=store, engine=engine, lease_s=30, is_first=lambda: is_first
+                store=store, engine=engine, lease_s=lease_s, is_first=lambda: is_first
             )
     return [(job.kind, job.id) for job in engine.jobs]
 
@@ -47,10 +50,10 @@ async def test_the_first_worker_enqueues_what_was_lost_and_the_next_sweep(
     await start(store)
     await move(store, BatchStatus.CANCELLING)
 
-    found = await look_once(store, is_first=True)
+    found = await look(store, is_first=True)
 
     assert found == [(JobKind.FINALIZE, "batch-1"), (JobKind.SWEEP, next_sweep(0).id)]
-    assert await look_once(store, is_first=False) == []
+    assert await look(store, is_first=False) == []
 
 
 @pytest.mark.parametrize("is_first", [True, False])
@@ -60,6 +63,17 @@ async def test_any_worker_hands_on_the_slices_of_one_that_is_gone(
     await start(store, 3)
     await claim(store, ids_of(0, 1))
 
-    await look_once(store, is_first=is_first)
+    await look(store, is_first=is_first, lease_s=0.1)
 
     assert (await store.tally_slices(BatchId("batch-1"))).pending == 3
+
+
+async def test_nobody_is_taken_for_gone_before_the_database_has_answered_for_a_lease(
+    store: SqlStore,
+) -> None:
+    await start(store, 3)
+    await claim(store, ids_of(0, 1))
+
+    await look(store, is_first=True, lease_s=30)
+
+    assert (await store.tally_slices(BatchId("batch-1"))).running == 2

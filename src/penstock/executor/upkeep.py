@@ -86,7 +86,8 @@ async def find_lost_work(
     """See to it that no work of a cluster is lost with the process that had it, until
     cancelled.
 
-    Slices whose leases have ended become pending again. Jobs that batches wait for are
+    Slices whose leases have ended become pending again, if the database has answered for as
+    long as a lease. Jobs that batches wait for are
     enqueued anew, should the engine have lost them. One worker of all looks often; the others
     seldom, for the case that it does not.
 
@@ -95,20 +96,27 @@ async def find_lost_work(
         is_first: Whether this worker is the one that looks often.
     """
     looked_at = float("-inf")
+    answers_since = time.monotonic()
     while True:
         try:
-            if released := await store.release_slices(now=clock.now()):
-                _log.warning("Workers are gone; their slices are handed on.", slices=released)
+            await store.read_clock()
+            # When the database was away, those who live extend their leases first.
+            if time.monotonic() - answers_since >= lease_s:
+                await _hand_on(store)
             if is_first() and time.monotonic() - looked_at >= lease_s:
                 await _enqueue_lost(store, engine)
                 looked_at = time.monotonic()
         except StorageUnavailable as error:
             _log.warning("Lost work cannot be looked for for now.", error=str(error))
-            # When the database is back, those who live extend their leases first.
-            await asyncio.sleep(lease_s)
+            answers_since = time.monotonic()
         # As often as leases are extended: whatever hinders that is noticed here as well.
         every_s = lease_s / 3
         await asyncio.sleep(min(_LOOK_EVERY_S, every_s) if is_first() else every_s)
+
+
+async def _hand_on(store: Store) -> None:
+    if released := await store.release_slices(now=clock.now()):
+        _log.warning("Workers are gone; their slices are handed on.", slices=released)
 
 
 async def _enqueue_lost(store: Store, engine: Engine) -> None:
