@@ -544,6 +544,28 @@ async def test_without_credentials_nothing_is_taken(
         await upstream.check(job(), "x")
 
 
+async def test_a_role_that_is_not_given_us_is_no_crash(
+    provider: BedrockProvider,
+    upstream: BedrockBatchUpstream,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Any,
+) -> None:
+    config = tmp_path / "config"
+    config.write_text(
+        "[profile own]\naws_access_key_id = a\naws_secret_access_key = b\n"
+        f"[profile role]\nrole_arn = {ROLE}\nsource_profile = own\nregion = {REGION}\n"
+    )
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    monkeypatch.setenv("AWS_PROFILE", "role")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", provider.buckets.url)  # which answers 403
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+
+    with pytest.raises(UpstreamDown, match=r"cannot be had: ClientError\.$"):
+        await upstream.check(job(), "0" * 12)
+
+
 def test_without_botocore_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "botocore.auth", None)
 

@@ -92,7 +92,7 @@ class AwsSigner:
             with self._lock:  # a session is for one thread at a time
                 found = self._session.get_credentials()
                 frozen = found and found.get_frozen_credentials()
-        except (self._errors.BotoCoreError, OSError) as error:
+        except (self._errors.BotoCoreError, self._errors.ClientError, OSError) as error:
             raise UpstreamDown(
                 f"The credentials of Amazon for the upstream {self._name} cannot be had: "
                 f"{type(error).__name__}."

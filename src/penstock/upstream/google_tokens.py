@@ -9,7 +9,7 @@ import asyncio
 import importlib
 import threading
 from collections.abc import Mapping
-from datetime import UTC, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -75,8 +75,10 @@ class GoogleTokens:
     def for_storage(self) -> "GCSCredential":
         """The same, for obstore, which asks in threads of its own that have no event loop."""
         found = self._valid()
-        # Others may use it until google-auth itself would ask for another.
-        ends_at = found.expiry.replace(tzinfo=UTC) - timedelta(minutes=3)
+        if found.expiry is None:  # nobody knows; so it is asked for again soon
+            ends_at = datetime.now(UTC) + timedelta(minutes=5)
+        else:  # until google-auth itself would ask for another
+            ends_at = found.expiry.replace(tzinfo=UTC) - timedelta(minutes=3)
         return {"token": str(found.token), "expires_at": ends_at}
 
     def _valid(self) -> Any:

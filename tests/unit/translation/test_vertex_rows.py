@@ -160,6 +160,27 @@ def test_a_schema_that_no_table_holds_fails_its_line(schema: dict[str, Any], tol
     assert told in error.message
 
 
+def test_references_that_would_make_endless_schemas_fail_their_line() -> None:
+    twice = [
+        {"properties": {"a": {"$ref": f"#/$defs/D{n + 1}"}, "b": {"$ref": f"#/$defs/D{n + 1}"}}}
+        for n in range(60)
+    ]
+    defs = {f"D{n}": part for n, part in enumerate([*twice, {"type": "string"}])}
+
+    assert (
+        "more than 10000 schemas"
+        in refused(with_schema({"$defs": defs, "$ref": "#/$defs/D0"})).message
+    )
+
+
+def test_a_schema_deeper_than_we_can_go_fails_its_line() -> None:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(450):
+        schema = {"items": schema}
+
+    assert "deeper than 15 levels" in refused(with_schema(schema)).message
+
+
 def test_the_field_is_the_endpoints_own() -> None:
     schema = {"type": "object", "properties": {"a b": {"type": "string"}}}
     text = {"format": {"type": "json_schema", "name": "answer", "schema": schema}}

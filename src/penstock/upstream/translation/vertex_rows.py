@@ -34,6 +34,8 @@ _MAPS = frozenset({"properties", "patternProperties", "dependentSchemas"})
 """Keywords with a schema for each name of the client's."""
 _DATA = frozenset({"enum", "const", "default", "examples", "required"})
 """Keywords with values in which there is no schema."""
+_MAX_SCHEMAS = 10_000
+"""In one schema, once its references are replaced; no table has more columns."""
 _STATUSES = {status.phrase: status.value for status in HTTPStatus}
 
 _Json = dict[str, Any]
@@ -53,10 +55,10 @@ def write_row(endpoint: str, model: str, custom_id: str, body: bytes) -> bytes:
     name = _PREFIX + custom_id
     if endpoint == EMBEDDINGS:
         return msgspec.json.encode({"key": name, "request": _embedding(said)})
-    field = "input" if endpoint == RESPONSES else "messages"
-    _flatten_schemas(said, "text.format" if endpoint == RESPONSES else "response_format")
-    _leave_out_empty_arguments(said)
-    request = _column(said, field, 1)
+    try:
+        request = _table_row(said, endpoint)
+    except RecursionError:
+        raise _refused("", f"something deeper than {_LEVELS} levels") from None
     return msgspec.json.encode({"request": {**request, "labels": {LABEL: name}}})
 
 
@@ -107,6 +109,13 @@ def _with_usage(response: _Json) -> _Json:
     if count is None or "usageMetadata" in response or not str(count).isdecimal():
         return response
     return {**response, "usageMetadata": {"promptTokenCount": int(count)}}
+
+
+def _table_row(said: _Json, endpoint: str) -> _Json:
+    is_response = endpoint == RESPONSES
+    _flatten_schemas(said, "text.format" if is_response else "response_format")
+    _leave_out_empty_arguments(said)
+    return _column(said, "input" if is_response else "messages", 1)
 
 
 def _embedding(said: _Json) -> _Json:
@@ -194,11 +203,15 @@ class _Flattening:
         self._schema = schema
         self._field = field
         self._parts = {**schema.get("definitions", {}), **schema.get("$defs", {})}
+        self._left = _MAX_SCHEMAS
 
     def result(self) -> _Json:
         return self._flat(self._schema, ())
 
     def _flat(self, schema: _Json, inside: tuple[str, ...]) -> _Json:
+        self._left -= 1
+        if self._left < 0:  # a few references to references would make any number of them
+            raise _refused(self._field, f"more than {_MAX_SCHEMAS} schemas in its schema")
         found = {name: each for name, each in schema.items() if name not in _ANNOTATIONS}
         if isinstance(reference := found.pop("$ref", None), str):
             part = self._look_up(reference, inside)
