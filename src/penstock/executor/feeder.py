@@ -74,6 +74,18 @@ def next_batch(
     )
 
 
+def _first_with_room(waiting: Iterable[Slice], batch: Backlog, lanes: Lanes) -> Slice | None:
+    full: set[object] = set()
+    for piece in waiting:
+        # Fresh slices of the same models go to the same lanes, so one of them tells of all.
+        alike = piece.id if piece.attempt else piece.models
+        if alike not in full:
+            if lanes.has_room(piece, batch):
+                return piece
+            full.add(alike)
+    return None
+
+
 class Feeder:
     """Keeps the next few slices in the engine.
 
@@ -168,8 +180,7 @@ class Feeder:
             while batch := next_batch(candidates.values(), self._strides):
                 waiting = await self._read_ahead(batch.batch_id, lanes)
                 # One whose upstream is busy does not hold up those behind it.
-                found = (piece for piece in waiting if lanes.has_room(piece, batch))
-                piece = next(found, None)
+                piece = _first_with_room(waiting, batch, lanes)
                 if piece is None:
                     del candidates[batch.batch_id]
                     if not waiting and not self._aside.get(batch.batch_id):
