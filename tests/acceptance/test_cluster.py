@@ -36,7 +36,7 @@ from tests.postgres import Database, PostgresServer, Unavailable, give_up
 LEASE_S = 2.0
 WORKERS = 3
 IN_FLIGHT = 24
-"""Of each worker at most."""
+"""Of all workers together."""
 LATENCY_S = 0.2
 LINES = 600
 SLICE = 20
@@ -189,6 +189,17 @@ def ground(whole: Ground, proxy: Proxy) -> Iterator[Ground]:
     proxy.rule = pass_on
     yield whole
     print(whole.cluster.logs())  # which is shown if the test has failed
+
+
+def test_workers_together_send_no_more_than_one_may(ground: Ground) -> None:
+    """The first test here, for the upstream never forgets how many it had at a time."""
+    run = ground.start_batch()
+
+    run.end()
+
+    most = harness.stats(ground.upstream)["max_in_flight"]
+    assert IN_FLIGHT / 2 < most <= IN_FLIGHT
+    assert run.sent_again() == 0
 
 
 def test_a_worker_that_is_killed_costs_its_flight_and_a_flush(ground: Ground) -> None:
