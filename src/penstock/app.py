@@ -20,6 +20,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -65,11 +66,12 @@ from penstock.uploads import Uploads
 from penstock.upstream.anthropic_batch import AnthropicBatchUpstream
 from penstock.upstream.base import BatchUpstream, LineUpstream
 from penstock.upstream.kinds import KINDS
+from penstock.upstream.mistral_batch import MistralBatchUpstream
 from penstock.upstream.openai_batch import DIALECTS, OpenAIBatchUpstream
 from penstock.upstream.openai_http import OpenAIHttpUpstream
 from penstock.upstream.routes import NativeUse, Route, Routes
-from penstock.upstream.translated import TranslatedUpstream
-from penstock.upstream.translation import anthropic
+from penstock.upstream.translated import Locate, TranslatedUpstream
+from penstock.upstream.translation import anthropic, mistral
 from penstock.upstream.translation.base import Translation
 from penstock.upstream.webhook import WebhookTarget
 from penstock.upstream.webhook_http import HttpWebhookSender
@@ -529,11 +531,14 @@ def _make_upstream(upstream: Upstream) -> LineUpstream:
     )
     if kind.form is None:
         return http
-    translation, endpoint = _FORMS[kind.form]
-    return TranslatedUpstream(http, translation=translation, endpoint=endpoint)
+    translation, locate = _FORMS[kind.form]
+    return TranslatedUpstream(http, translation=translation, locate=locate)
 
 
-_FORMS: dict[str, tuple[Translation, str]] = {"anthropic": (anthropic, anthropic.MESSAGES)}
+_FORMS: dict[str, tuple[Translation, Locate]] = {
+    "anthropic": (anthropic, lambda endpoint, model: anthropic.MESSAGES),
+    "mistral": (mistral, mistral.locate),
+}
 """What translates, and where it is sent, by the name that `upstream.kinds` gives it."""
 _BATCH_ADAPTERS: dict[str, Callable[[Upstream], BatchUpstream]] = {
     "openai": lambda upstream: OpenAIBatchUpstream(
@@ -543,14 +548,20 @@ _BATCH_ADAPTERS: dict[str, Callable[[Upstream], BatchUpstream]] = {
         dialect=DIALECTS[upstream.kind],
         connect_timeout_s=upstream.connect_timeout_s,
     ),
-    "anthropic": lambda upstream: AnthropicBatchUpstream(
-        name=upstream.name,
-        base_url=upstream.base_url,
-        api_key=upstream.api_key.get_secret_value() if upstream.api_key else None,
-        connect_timeout_s=upstream.connect_timeout_s,
-    ),
+    "anthropic": lambda upstream: AnthropicBatchUpstream(**_provider(upstream)),
+    "mistral": lambda upstream: MistralBatchUpstream(**_provider(upstream)),
 }
 """What speaks to batch APIs, by the name that `upstream.kinds` gives it."""
+
+
+def _provider(upstream: Upstream) -> dict[str, Any]:
+    """What all adapters are told."""
+    return {
+        "name": upstream.name,
+        "base_url": upstream.base_url,
+        "api_key": upstream.api_key.get_secret_value() if upstream.api_key else None,
+        "connect_timeout_s": upstream.connect_timeout_s,
+    }
 
 
 def _make_native(upstream: Upstream) -> NativeUse | None:

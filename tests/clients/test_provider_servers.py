@@ -4,44 +4,65 @@ import asyncio
 import json
 import sys
 from asyncio.subprocess import PIPE
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.clients import environments
 from tests.clients.conftest import give_up
 from tests.clients.environments import Unavailable
-from tests.providers import anthropic_server
+from tests.providers import anthropic_server, mistral_server
 from tests.providers.anthropic_server import AnthropicProvider, errored
+from tests.providers.mistral_server import MistralProvider
 
 HERE = Path(__file__).parent
 
 
-async def test_anthropics_client_is_served() -> None:
+async def see(
+    requirements: str, flow: str, *told: str, end: Callable[[str], None]
+) -> dict[str, Any]:
+    """What a provider's own client sees on its way through a flow.
+
+    Args:
+        told: What the flow is told.
+        end: Lets the batch end that the flow created first, which then goes on.
+    """
     try:
-        python, env = environments.old_python("requirements-providers.txt")
+        python, env = environments.old_python(requirements)
     except Unavailable as error:
         give_up(error)
+    process = await asyncio.create_subprocess_exec(
+        *python,
+        str(HERE / flow),
+        *told,
+        env={"PYTHONUTF8": "1", **env},
+        stdin=PIPE,
+        stdout=PIPE,
+        stderr=sys.stderr,
+        limit=1 << 20,
+    )
+    assert process.stdin
+    assert process.stdout
+    async with asyncio.timeout(120):
+        [created, *_] = json.loads(await process.stdout.readline())["ids"]
+        end(created)
+        process.stdin.write(b"\n")
+        await process.stdin.drain()
+        seen: Any = json.loads(await process.stdout.readline())
+        assert await process.wait() == 0
+    return seen
+
+
+async def test_anthropics_client_is_served() -> None:
     outcomes = [anthropic_server.message("Hi."), errored("api_error", "Sorry.")]
     async with AnthropicProvider(behave=lambda *_: outcomes.pop()) as provider:
-        told = [str(HERE / "anthropic_flow.py"), provider.root_url, anthropic_server.KEY]
-        process = await asyncio.create_subprocess_exec(
-            *python,
-            *told,
-            env={"PYTHONUTF8": "1", **env},
-            stdin=PIPE,
-            stdout=PIPE,
-            stderr=sys.stderr,
-            limit=1 << 20,
+        seen = await see(
+            "requirements-providers.txt",
+            "anthropic_flow.py",
+            provider.root_url,
+            anthropic_server.KEY,
+            end=provider.end,
         )
-        assert process.stdin
-        assert process.stdout
-        async with asyncio.timeout(120):
-            [created, _] = json.loads(await process.stdout.readline())["ids"]
-            provider.end(created)
-            process.stdin.write(b"\n")
-            await process.stdin.drain()
-            seen: Any = json.loads(await process.stdout.readline())
-            assert await process.wait() == 0
 
     assert seen["created"]["processing_status"] == "in_progress"
     assert seen["created"]["request_counts"]["processing"] == 2
@@ -57,3 +78,30 @@ async def test_anthropics_client_is_served() -> None:
     results = {each["custom_id"]: each["result"]["type"] for each in seen["results"]}
     assert results == {"r0": "errored", "r1": "succeeded"}
     assert seen["deleted"]["type"] == "message_batch_deleted"
+
+
+async def test_mistrals_client_is_served() -> None:
+    outcomes = {
+        "r0": (400, mistral_server.fault("No.")),
+        "r1": (200, mistral_server.completion("Hi.")),
+    }
+    async with MistralProvider(behave=lambda name, _: outcomes[name]) as provider:
+        seen = await see(
+            "requirements-batches.txt",
+            "mistral_flow.py",
+            provider.root_url,
+            mistral_server.KEY,
+            end=provider.end,
+        )
+
+    assert seen["created"]["status"] == "QUEUED"
+    assert seen["created"]["metadata"] == {"key": "k1"}
+    assert seen["listed"] == seen["ids"][::-1]
+    assert seen["cancelled"]["status"] == "CANCELLATION_REQUESTED"
+    assert seen["refused"] == [422, 404, 422, 401]
+    assert seen["ended"]["status"] == "SUCCESS"
+    assert seen["ended"]["succeeded_requests"] == seen["ended"]["failed_requests"] == 1
+    assert seen["output"]["custom_id"] == "r1"
+    assert seen["output"]["response"]["body"]["choices"][0]["message"]["content"] == "Hi."
+    assert seen["errors"]["response"]["status_code"] == 400
+    assert seen["deleted"]["deleted"] is True

@@ -37,6 +37,7 @@ KINDS: dict[str, Kind] = {
         form="anthropic",
         request_headers={"anthropic-version": API_VERSION},
     ),
+    "mistral": Kind(title="Mistral", batches="mistral", form="mistral"),
     "together": Kind(title="Together AI", batches="openai"),
 }
 """By name."""

@@ -232,7 +232,7 @@ class OpenAIBatchUpstream:
             "completion_window": self._dialect.window(job.expires_at - time.time()),
         }
         if self._dialect.has_metadata:
-            body["metadata"] = _metadata(job)
+            body["metadata"] = write_metadata(job)
         try:
             answer = await self._http.call(
                 "POST", "/batches", json=body, headers={"Idempotency-Key": job.key}
@@ -406,7 +406,7 @@ def _read_broken(text: bytes) -> NativeResult | None:
     return NativeResult(custom_id=custom_id, lack=Lack.LOST)
 
 
-def _metadata(job: NativeJob) -> dict[str, str]:
+def write_metadata(job: NativeJob) -> dict[str, str]:
     """Ours, and as much of the client's as there is room for."""
 
     def pairs() -> Iterator[tuple[str, str]]:

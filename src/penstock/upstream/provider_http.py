@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from pyreqwest.client import ClientBuilder
@@ -29,6 +29,8 @@ from penstock.upstream.openai_http import (
     parse_retry_after,
     uses_proxy,
 )
+
+T = TypeVar("T")
 
 _ANSWER_BYTES = 8 << 20
 _QUOTE_CHARACTERS = 300
@@ -237,6 +239,40 @@ class ProviderHttp:
         if answer.status >= 500 or answer.status in _NOT_KNOWN:
             raise UpstreamDown(message, retry_after_s=answer.retry_after_s)
         raise JobRefused(message, is_too_large=answer.status == 413)
+
+    def must_answer(self, answer: ProviderAnswer, what: str) -> None:
+        """Raise what an answer to a question means that is no answer.
+
+        Args:
+            what: As for `refuse`.
+
+        Raises:
+            JobRefused: There is no such thing.
+            UpstreamDown: It is another refusal, which may be mended: of a key, for example.
+        """
+        try:
+            self.refuse(answer, what)
+        except JobRefused as error:
+            if answer.status in (404, 410):
+                raise
+            raise UpstreamDown(str(error), retry_after_s=answer.retry_after_s) from error
+        except JobNotTaken as error:
+            raise UpstreamDown(str(error), retry_after_s=error.retry_after_s) from error
+
+    def read(self, answer: ProviderAnswer, type_: type[T]) -> T:
+        """What a successful answer says.
+
+        Raises:
+            UpstreamDown: It is something else.
+        """
+        try:
+            answer.body.decode()
+            return msgspec.json.decode(answer.body, type=type_)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise UpstreamDown(
+                f"{self._name} answered with something else than was asked for: "
+                f"{self.quote(answer)}"
+            ) from error
 
     def quote(self, answer: ProviderAnswer) -> str:
         """What an answer says, for a person, without secrets."""
