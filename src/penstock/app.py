@@ -65,13 +65,14 @@ from penstock.telemetry import Health, Metrics
 from penstock.uploads import Uploads
 from penstock.upstream.anthropic_batch import AnthropicBatchUpstream
 from penstock.upstream.base import BatchUpstream, LineUpstream
+from penstock.upstream.gemini_batch import GeminiBatchUpstream
 from penstock.upstream.kinds import KINDS
 from penstock.upstream.mistral_batch import MistralBatchUpstream
 from penstock.upstream.openai_batch import DIALECTS, OpenAIBatchUpstream
 from penstock.upstream.openai_http import OpenAIHttpUpstream
 from penstock.upstream.routes import NativeUse, Route, Routes
 from penstock.upstream.translated import Locate, TranslatedUpstream
-from penstock.upstream.translation import anthropic, mistral
+from penstock.upstream.translation import anthropic, gemini, mistral
 from penstock.upstream.translation.base import Translation
 from penstock.upstream.webhook import WebhookTarget
 from penstock.upstream.webhook_http import HttpWebhookSender
@@ -528,6 +529,7 @@ def _make_upstream(upstream: Upstream) -> LineUpstream:
         silence_timeout_s=upstream.silence_timeout_s,
         streams=upstream.stream,
         headers=kind.request_headers,
+        key_header=kind.key_header,
     )
     if kind.form is None:
         return http
@@ -537,6 +539,7 @@ def _make_upstream(upstream: Upstream) -> LineUpstream:
 
 _FORMS: dict[str, tuple[Translation, Locate]] = {
     "anthropic": (anthropic, lambda endpoint, model: anthropic.MESSAGES),
+    "gemini": (gemini, gemini.locate),
     "mistral": (mistral, mistral.locate),
 }
 """What translates, and where it is sent, by the name that `upstream.kinds` gives it."""
@@ -549,6 +552,7 @@ _BATCH_ADAPTERS: dict[str, Callable[[Upstream], BatchUpstream]] = {
         connect_timeout_s=upstream.connect_timeout_s,
     ),
     "anthropic": lambda upstream: AnthropicBatchUpstream(**_provider(upstream)),
+    "gemini": lambda upstream: GeminiBatchUpstream(**_provider(upstream)),
     "mistral": lambda upstream: MistralBatchUpstream(**_provider(upstream)),
 }
 """What speaks to batch APIs, by the name that `upstream.kinds` gives it."""

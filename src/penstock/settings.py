@@ -616,9 +616,19 @@ def _check_together(settings: Settings, sources: Sources) -> None:
                     f"{told(table, index, 'name')}; it must not be that of {table}[{first}]."
                 )
     _check_groups(settings, told)
+    _check_kinds(settings, told)
     _check_choices(settings, told)
     _check_keys(settings, sources)
     _check_webhooks(settings, told)
+
+
+def _check_kinds(settings: Settings, told: Callable[..., str]) -> None:
+    for index, upstream in enumerate(settings.upstreams):
+        if upstream.stream and not KINDS[upstream.kind].streams:
+            raise InvalidSettings(
+                f"{told('upstreams', index, 'stream')}; it must be false for kind "
+                f"{upstream.kind}, whose streams are not spoken here."
+            )
 
 
 def _check_groups(settings: Settings, told: Callable[..., str]) -> None:

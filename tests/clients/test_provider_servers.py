@@ -11,8 +11,9 @@ from typing import Any
 from tests.clients import environments
 from tests.clients.conftest import give_up
 from tests.clients.environments import Unavailable
-from tests.providers import anthropic_server, mistral_server
+from tests.providers import anthropic_server, gemini_server, mistral_server
 from tests.providers.anthropic_server import AnthropicProvider, errored
+from tests.providers.gemini_server import GeminiProvider
 from tests.providers.mistral_server import MistralProvider
 
 HERE = Path(__file__).parent
@@ -105,3 +106,25 @@ async def test_mistrals_client_is_served() -> None:
     assert seen["output"]["response"]["body"]["choices"][0]["message"]["content"] == "Hi."
     assert seen["errors"]["response"]["status_code"] == 400
     assert seen["deleted"]["deleted"] is True
+
+
+async def test_googles_client_is_served() -> None:
+    outcomes = {"r0": gemini_server.fault(400, "No."), "r1": gemini_server.content("Hi.")}
+    async with GeminiProvider(behave=lambda key, _: outcomes[key]) as provider:
+        seen = await see(
+            "requirements-providers.txt",
+            "gemini_flow.py",
+            provider.root_url,
+            gemini_server.KEY,
+            end=provider.end,
+        )
+
+    assert seen["created"]["state"] == "JOB_STATE_PENDING"
+    assert seen["created"]["display_name"] == "k1 Reviews"
+    assert seen["listed"] == seen["ids"][::-1]
+    assert seen["cancelled"] is None
+    assert seen["refused"] == [400, 404, 400, 403, 401]
+    assert seen["ended"]["state"] == "JOB_STATE_SUCCEEDED"
+    assert seen["text"] == "Hi."
+    assert seen["error"]["code"] == 400
+    assert seen["deleted"] == 403

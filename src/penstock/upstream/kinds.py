@@ -24,6 +24,10 @@ class Kind:
     """Which form its bodies have; None: OpenAI's."""
     request_headers: Mapping[str, str] = field(default_factory=dict[str, str])
     """What each request needs beside the key."""
+    key_header: str | None = None
+    """Which header holds the key; None: `Authorization`, as a bearer token."""
+    streams: bool = True
+    """Whether answers may be asked for piece by piece, as OpenAI or Anthropic give them."""
 
 
 KINDS: dict[str, Kind] = {
@@ -37,7 +41,14 @@ KINDS: dict[str, Kind] = {
         form="anthropic",
         request_headers={"anthropic-version": API_VERSION},
     ),
-    "mistral": Kind(title="Mistral", batches="mistral", form="mistral"),
+    "gemini": Kind(
+        title="Google's Gemini API",
+        batches="gemini",
+        form="gemini",
+        key_header="x-goog-api-key",
+        streams=False,
+    ),
+    "mistral": Kind(title="Mistral", batches="mistral", form="mistral", streams=False),
     "together": Kind(title="Together AI", batches="openai"),
 }
 """By name."""

@@ -50,6 +50,8 @@ class ProviderAnswer:
     status: int
     body: bytes
     retry_after_s: float | None
+    upload_url: str | None = None
+    """Where Google wants a file to be sent, as a header of its own says."""
 
     @property
     def is_success(self) -> bool:
@@ -162,6 +164,29 @@ class ProviderHttp:
         form = form.part("file", part.file_name(file_name).mime("application/jsonl"))
         request = self._request("POST", path).timeout(self._transfer_s).multipart(form)
         return await self._exchange(request)
+
+    async def send_lines(
+        self,
+        path: str,
+        *,
+        records: AsyncIterator[bytes],
+        length: int,
+        headers: Mapping[str, str] | None = None,
+        method: str = "POST",
+    ) -> ProviderAnswer:
+        """Send a file of lines as the body itself, as it is read.
+
+        Args:
+            records: The lines, without line ends.
+            length: Of all lines with their ends, in bytes.
+
+        Raises:
+            UpstreamDown: As `call`.
+        """
+        request = self._request(method, path).timeout(self._transfer_s)
+        for key, value in {"Content-Length": str(length), **(headers or {})}.items():
+            request = request.header(key, value)
+        return await self._exchange(request.body_stream(_pieces(records)))
 
     async def post_stream(self, path: str, pieces: AsyncIterator[bytes]) -> ProviderAnswer:
         """Send a JSON body as it is made.
@@ -309,7 +334,10 @@ class ProviderHttp:
         retry_after = _header(response, "retry-after")
         in_ms = _header(response, "retry-after-ms")
         return ProviderAnswer(
-            response.status, body, parse_retry_after(retry_after, in_ms, now=time.time())
+            status=response.status,
+            body=body,
+            retry_after_s=parse_retry_after(retry_after, in_ms, now=time.time()),
+            upload_url=_header(response, "x-goog-upload-url"),
         )
 
     def _down(self, error: RequestError) -> UpstreamDown:

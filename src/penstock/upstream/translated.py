@@ -10,7 +10,8 @@ from penstock.upstream.translation.answers import write_untranslatable
 from penstock.upstream.translation.base import Translation, Untranslatable
 
 Locate = Callable[[str, str], str]
-"""The provider's endpoint, with `/v1`, for the line's own and its model."""
+"""The provider's endpoint, as `LineUpstream.send` takes it, for the line's own and its model.
+It raises `Untranslatable` for a model that cannot be one."""
 
 
 class TranslatedUpstream:
@@ -36,12 +37,13 @@ class TranslatedUpstream:
     async def send(self, endpoint: str, body: bytes) -> Reply:
         try:
             model = _decode_model(body).model
+            place = self._locate(endpoint, model)
             said = self._translation.translate_request(endpoint, model, body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return write_untranslatable("model", "It must be a string.")
         except Untranslatable as error:
             return write_untranslatable(error.field, error.message)
-        reply = await self._inner.send(self._locate(endpoint, model), said)
+        reply = await self._inner.send(place, said)
         if reply.failure is not None:
             return reply
         told = self._translation.translate_reply(
