@@ -65,6 +65,7 @@ from penstock.telemetry import Health, Metrics
 from penstock.uploads import Uploads
 from penstock.upstream.anthropic_batch import AnthropicBatchUpstream
 from penstock.upstream.base import BatchUpstream, LineUpstream
+from penstock.upstream.fireworks_batch import FireworksBatchUpstream
 from penstock.upstream.gemini_batch import GeminiBatchUpstream
 from penstock.upstream.kinds import KINDS
 from penstock.upstream.mistral_batch import MistralBatchUpstream
@@ -552,6 +553,9 @@ _BATCH_ADAPTERS: dict[str, Callable[[Upstream], BatchUpstream]] = {
         connect_timeout_s=upstream.connect_timeout_s,
     ),
     "anthropic": lambda upstream: AnthropicBatchUpstream(**_provider(upstream)),
+    "fireworks": lambda upstream: FireworksBatchUpstream(
+        **_provider(upstream), account=upstream.account or ""
+    ),
     "gemini": lambda upstream: GeminiBatchUpstream(**_provider(upstream)),
     "mistral": lambda upstream: MistralBatchUpstream(**_provider(upstream)),
 }

@@ -323,6 +323,12 @@ class Upstream(Table):
         _SECRET,
         default=None,
     )
+    account: Label | None = _setting(
+        "The ID of the account at the provider whose batch API it uses; only kind `fireworks` "
+        "has one, and needs it unless `mode` is `lines`.",
+        _LABEL,
+        default=None,
+    )
     models: Annotated[tuple[Text, ...], Field(min_length=1)] = _setting(
         "Glob patterns; the first upstream that matches a line's model takes the line.",
         "a list of at least one pattern",
@@ -624,10 +630,21 @@ def _check_together(settings: Settings, sources: Sources) -> None:
 
 def _check_kinds(settings: Settings, told: Callable[..., str]) -> None:
     for index, upstream in enumerate(settings.upstreams):
-        if upstream.stream and not KINDS[upstream.kind].streams:
+        kind = KINDS[upstream.kind]
+        if upstream.stream and not kind.streams:
             raise InvalidSettings(
                 f"{told('upstreams', index, 'stream')}; it must be false for kind "
                 f"{upstream.kind}, whose streams are not spoken here."
+            )
+        if upstream.account is not None and not kind.needs_account:
+            raise InvalidSettings(
+                f"{told('upstreams', index, 'account')}; it must be left out for kind "
+                f"{upstream.kind}, which has none."
+            )
+        if upstream.account is None and kind.needs_account and upstream.mode != "lines":
+            raise InvalidSettings(
+                f"{told('upstreams', index, 'mode')}; upstreams[{index}].account must name the "
+                f"account at the provider, or mode must be lines."
             )
 
 

@@ -11,10 +11,12 @@ from typing import Any
 from tests.clients import environments
 from tests.clients.conftest import give_up
 from tests.clients.environments import Unavailable
-from tests.providers import anthropic_server, gemini_server, mistral_server
+from tests.providers import anthropic_server, fireworks_server, gemini_server, mistral_server
 from tests.providers.anthropic_server import AnthropicProvider, errored
+from tests.providers.fireworks_server import FireworksProvider
 from tests.providers.gemini_server import GeminiProvider
 from tests.providers.mistral_server import MistralProvider
+from tests.upstreams import chat_completion
 
 HERE = Path(__file__).parent
 
@@ -128,3 +130,28 @@ async def test_googles_client_is_served() -> None:
     assert seen["text"] == "Hi."
     assert seen["error"]["code"] == 400
     assert seen["deleted"] == 403
+
+
+async def test_fireworks_client_is_served() -> None:
+    outcomes = {"r0": (400, {"message": "No."}), "r1": (200, chat_completion("Hi."))}
+    async with FireworksProvider(behave=lambda name, _: outcomes[name]) as provider:
+        seen = await see(
+            "requirements-batches.txt",
+            "fireworks_flow.py",
+            provider.root_url,
+            fireworks_server.KEY,
+            fireworks_server.ACCOUNT,
+            end=provider.end,
+        )
+
+    assert seen["states"] == ["UPLOADING", "READY"]
+    assert seen["created"]["state"] == "JOB_STATE_VALIDATING"
+    assert seen["listed"] == seen["ids"]
+    assert seen["deleted"] == "JOB_STATE_DELETING_CLEANING_UP"
+    assert seen["refused"] == [409, 409, 404, 401]
+    assert seen["ended"]["state"] == "JOB_STATE_COMPLETED"
+    assert seen["ended"]["job_progress"]["successfully_processed_requests"] == 1
+    assert sorted(name.rpartition("/")[2] for name in seen["files"]) == [
+        "BIJOutputSet.jsonl",
+        "error-data",
+    ]

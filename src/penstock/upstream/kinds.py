@@ -26,6 +26,8 @@ class Kind:
     """What each request needs beside the key."""
     key_header: str | None = None
     """Which header holds the key; None: `Authorization`, as a bearer token."""
+    needs_account: bool = False
+    """Whether its batch API must be told the ID of an account."""
     streams: bool = True
     """Whether answers may be asked for piece by piece, as OpenAI or Anthropic give them."""
 
@@ -41,6 +43,7 @@ KINDS: dict[str, Kind] = {
         form="anthropic",
         request_headers={"anthropic-version": API_VERSION},
     ),
+    "fireworks": Kind(title="Fireworks AI", batches="fireworks", needs_account=True),
     "gemini": Kind(
         title="Google's Gemini API",
         batches="gemini",

@@ -204,6 +204,8 @@ class ProviderHttp:
         """The lines of a file, without their ends; one is held at a time.
 
         Args:
+            path: Or a whole URL, which gets all headers of this one: give it only to a
+                `ProviderHttp` without a key.
             least_bytes: How long the file is, if that is known: less of it was cut off.
 
         Raises:
@@ -317,7 +319,8 @@ class ProviderHttp:
             await self._client.close()
 
     def _request(self, method: str, path: str) -> RequestBuilder:
-        return self._client.request(method, Url(self._base + path))
+        url = path if path.startswith(("http://", "https://")) else self._base + path
+        return self._client.request(method, Url(url))
 
     async def _exchange(self, request: RequestBuilder) -> ProviderAnswer:
         try:
