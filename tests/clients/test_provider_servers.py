@@ -8,14 +8,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.clients import environments
 from tests.clients.conftest import give_up
 from tests.clients.environments import Unavailable
-from tests.providers import anthropic_server, fireworks_server, gemini_server, mistral_server
+from tests.providers import (
+    anthropic_server,
+    fireworks_server,
+    gemini_server,
+    mistral_server,
+    openai_server,
+)
 from tests.providers.anthropic_server import AnthropicProvider, errored
+from tests.providers.dialects import GroqProvider, TogetherProvider
 from tests.providers.fireworks_server import FireworksProvider
 from tests.providers.gemini_server import GeminiProvider
 from tests.providers.mistral_server import MistralProvider
+from tests.providers.openai_server import OpenAIProvider
 from tests.upstreams import chat_completion
 
 HERE = Path(__file__).parent
@@ -155,3 +165,27 @@ async def test_fireworks_client_is_served() -> None:
         "BIJOutputSet.jsonl",
         "error-data",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "server"), [("groq", GroqProvider), ("together", TogetherProvider)]
+)
+async def test_the_clients_of_compatible_providers_are_served(
+    name: str, server: type[OpenAIProvider]
+) -> None:
+    async with server() as provider:
+        seen = await see(
+            "requirements-batches.txt",
+            "compatible_flow.py",
+            name,
+            provider.base_url.removesuffix(provider.prefix),
+            openai_server.KEY,
+            end=provider.end,
+        )
+
+    assert seen["created"]["status"].lower() == "validating"
+    assert seen["listed"] == sorted(seen["ids"])
+    assert seen["cancelled"]["status"].lower() in ("cancelling", "cancelled")
+    assert seen["refused"] == [400, 404]
+    assert seen["ended"]["status"].lower() == "completed"
+    assert seen["output"] == {"r0": 200, "r1": 200}

@@ -35,7 +35,12 @@ class Kind:
 KINDS: dict[str, Kind] = {
     "openai": Kind(title="OpenAI, or any server that is compatible", batches="openai"),
     "penstock": Kind(title="another Penstock", batches="openai"),
-    "azure": Kind(title="Azure OpenAI", batches="openai"),
+    "azure": Kind(
+        title="Azure OpenAI",
+        batches="openai",
+        headers=frozenset({"x-tfy-azure-api-version"}),
+        key_header="api-key",
+    ),
     "groq": Kind(title="Groq", batches="openai"),
     "anthropic": Kind(
         title="Anthropic",
