@@ -34,10 +34,11 @@ class Process:
 
     popen: subprocess.Popen[str]
     port: int
+    host: str = "127.0.0.1"
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def memory_mb(self, name: str = "VmHWM") -> float:
         """Peak (`VmHWM`) or present (`VmRSS`) memory, in MiB."""
@@ -57,13 +58,18 @@ class Process:
 
 
 @contextlib.contextmanager
-def upstream(latency_ms: float = 0.0, *, wild: int | None = None) -> Generator[Process]:
+def upstream(
+    latency_ms: float = 0.0, *, spread: float = 0.0, wild: int | None = None
+) -> Generator[Process]:
     """Run `benchmarks.upstream` on a free port.
 
     Args:
+        spread: By which part of it the latency differs from line to line.
         wild: Starts the chance by which it misbehaves; None makes it behave.
     """
     command = [sys.executable, "-m", "benchmarks.upstream", "--latency-ms", str(latency_ms)]
+    if spread:
+        command += ["--spread", str(spread)]
     if wild is not None:
         command += ["--wild", str(wild)]
     popen = subprocess.Popen(

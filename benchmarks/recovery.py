@@ -65,10 +65,38 @@ class Found:
     results: int = 0
     misplaced: int = 0
     """Results that are another line's, of another batch, or not in the order of the input."""
+    never_run: int = 0
+    """Lines whose batch was cancelled or expired before they had a reply."""
     reply_bytes: int = 0
     is_true: bool = True
     """Whether counts and usage are those of the files."""
     statuses: set[str] = field(default_factory=set[str])
+
+    def take(
+        self, client: harness.Client, batch: dict[str, Any], numbers: range, space: Path
+    ) -> None:
+        """Take in the result files of a batch that has ended.
+
+        Args:
+            numbers: Its lines.
+            space: Where the files are put for a moment.
+        """
+        self.statuses.add(batch["status"])
+        tokens, counts, never_run = 0, {"output": 0, "error": 0}, self.never_run
+        for kind in counts:
+            if (file_id := batch[f"{kind}_file_id"]) is None:
+                continue
+            target = space / f"{kind}.jsonl"
+            self.reply_bytes += client.download(file_id, target)
+            before = self.results
+            tokens += self.read(target, numbers)
+            counts[kind] = self.results - before
+        self.is_true &= batch["request_counts"] == {
+            "total": sum(counts.values()),
+            "completed": counts["output"],
+            "failed": counts["error"] - (self.never_run - never_run),
+        }
+        self.is_true &= batch["usage"]["total_tokens"] == tokens
 
     def read(self, path: Path, numbers: range) -> int:
         """Take in a result file; the tokens it tells of.
@@ -83,6 +111,8 @@ class Found:
                 number = int(result["custom_id"].removeprefix("request-"))
                 body = (result["response"] or {}).get("body")
                 of_line = body.get("id") if isinstance(body, dict) else None
+                code = (result["error"] or {}).get("code")
+                self.never_run += code in ("batch_cancelled", "batch_expired")
                 is_own = of_line in (None, f"chatcmpl-{number:09}")
                 if result["error"] is None and result["response"]["status_code"] == 200:
                     is_own &= of_line is not None
@@ -172,25 +202,9 @@ class Load:
             time.sleep(0.02)
         found = Found()
         for place, name in enumerate(self.batches):
-            batch = client.wait(name)
-            found.statuses.add(batch["status"])
             half = self.lines // 2
             numbers = range(place * half, (place + 1) * half)
-            tokens, counts = 0, {"output": 0, "error": 0}
-            for kind in counts:
-                if (file_id := batch[f"{kind}_file_id"]) is None:
-                    continue
-                target = self.space / f"{kind}.jsonl"
-                found.reply_bytes += client.download(file_id, target)
-                before = found.results
-                tokens += found.read(target, numbers)
-                counts[kind] = found.results - before
-            found.is_true &= batch["request_counts"] == {
-                "total": sum(counts.values()),
-                "completed": counts["output"],
-                "failed": counts["error"],
-            }
-            found.is_true &= batch["usage"]["total_tokens"] == tokens
+            found.take(client, client.wait(name), numbers, self.space)
         stats = harness.stats(self.upstream)
         metrics = harness.get(f"{self.server.url}/metrics").decode()
         free = re.search(r"^penstock_upstream_free_requests_total\{.*\} (\S+)", metrics, re.M)
@@ -338,7 +352,7 @@ def kill_on_full_disk(load: Load) -> dict[str, Any]:
 
 
 def fail_io(load: Load, percent: int = 100) -> dict[str, Any]:
-    load.settings |= _preload(load.space)
+    load.settings |= preload(load.space)
     flag = load.space / "eio"
     load.settings["FAULTS_DIR"] = str(load.space / "data")
     load.settings["FAULTS_EIO"] = str(flag)
@@ -350,7 +364,7 @@ def fail_some_io(load: Load) -> dict[str, Any]:
 
 
 def leap(load: Load) -> dict[str, Any]:
-    load.settings |= _preload(load.space)
+    load.settings |= preload(load.space)
     clock = load.space / "clock"
     clock.write_text("0")
     load.settings["FAULTS_CLOCK"] = str(clock)
@@ -362,7 +376,7 @@ def leap(load: Load) -> dict[str, Any]:
     return hurt(load, set_wrong, lambda: None, 0.5)
 
 
-def _preload(space: Path) -> dict[str, str]:
+def preload(space: Path) -> dict[str, str]:
     """What makes a process start with `faults.c`."""
     compiler = shutil.which("cc")
     if compiler is None:

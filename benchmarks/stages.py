@@ -26,6 +26,7 @@ from penstock.blobs.folder import FolderBlobs
 from penstock.blobs.local_segments import LocalSegments
 from penstock.blobs.segments import Kind
 from penstock.executor.lifecycle import Lifecycle, LifecycleOptions
+from penstock.executor.native_plan import NativePlanner
 from penstock.executor.replies import reply_line
 from penstock.jsonl import InputChecker, InputRules
 from penstock.model import (
@@ -45,6 +46,7 @@ from penstock.store.base import BatchChange, SliceReport
 from penstock.store.sql import SqlStore
 from penstock.telemetry import WorkStats
 from penstock.upstream.base import Reply
+from penstock.upstream.routes import Routes
 
 _MB = 1_000_000
 _PIECE = 1 << 20
@@ -199,10 +201,11 @@ async def finalize(space: Path, size: int) -> dict[str, object]:
             blobs=blobs,
             segments=segments,
             engine=_NoEngine(),  # type: ignore[arg-type]
-            accepts_model=lambda _: True,
+            accepts_model=lambda _model, _upstream: True,
             options=_lifecycle_options(),
             feed=lambda: None,
             stats=stats,
+            natives=NativePlanner(Routes([])),
         )
         warm(space, size)
         began = time.perf_counter()

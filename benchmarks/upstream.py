@@ -5,6 +5,7 @@ lines it saw: a line names itself by `line-<number> ` in its body. `GET /stats` 
 the completion names the line in turn, so that a reply kept for another line is found.
 
     python -m benchmarks.upstream --port 9000 --latency-ms 0
+    python -m benchmarks.upstream --latency-ms 2000 --spread 0.5    from 1 to 3 s, by chance
     python -m benchmarks.upstream --wild 1     misbehaves half of the time, by chance
 """
 
@@ -129,8 +130,13 @@ class Upstream(asyncio.Protocol):
     """One connection."""
 
     def __init__(
-        self, counts: Counts, latency_s: float, chance: random.Random | None = None
+        self,
+        counts: Counts,
+        latency_s: float,
+        chance: random.Random | None = None,
+        spread: float = 0.0,
     ) -> None:
+        self._spread = spread
         self._chance = chance
         self._counts = counts
         self._latency_s = latency_s
@@ -181,7 +187,8 @@ class Upstream(asyncio.Protocol):
         if self._latency_s:
             counts.in_flight += 1
             counts.max_in_flight = max(counts.max_in_flight, counts.in_flight)
-            asyncio.get_running_loop().call_later(self._latency_s, self._answer_late, line)
+            latency_s = self._latency_s * random.uniform(1 - self._spread, 1 + self._spread)
+            asyncio.get_running_loop().call_later(latency_s, self._answer_late, line)
         else:
             self._write(_naming(line, _ANSWER))
 
@@ -201,11 +208,11 @@ class Upstream(asyncio.Protocol):
             self._transport.write(data)
 
 
-async def _serve(port: int, latency_s: float, wild: int | None) -> None:
+async def _serve(port: int, latency_s: float, spread: float, wild: int | None) -> None:
     counts = Counts()
     chance = None if wild is None else random.Random(wild)
     server = await asyncio.get_running_loop().create_server(
-        lambda: Upstream(counts, latency_s, chance), "127.0.0.1", port, backlog=4096
+        lambda: Upstream(counts, latency_s, chance, spread), "127.0.0.1", port, backlog=4096
     )
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
@@ -217,12 +224,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--latency-ms", type=float, default=0.0)
+    parser.add_argument("--spread", type=float, default=0.0)
     parser.add_argument("--wild", type=int)
     options = parser.parse_args()
     latency_ms = (
         max(options.latency_ms, 1.0) if options.wild is not None else options.latency_ms
     )
-    uvloop.run(_serve(options.port, latency_ms / 1000, options.wild))
+    uvloop.run(_serve(options.port, latency_ms / 1000, options.spread, options.wild))
 
 
 if __name__ == "__main__":

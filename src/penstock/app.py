@@ -20,7 +20,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -32,7 +32,6 @@ from penstock.blobs.objects import ObjectBlobs
 from penstock.blobs.segments import Segments
 from penstock.blobs.storage import open_blobs
 from penstock.engine.memory import MemoryEngine
-from penstock.engine.postgres import PostgresEngine
 from penstock.errors import DataDirInUse, InvalidSettings, StorageUnavailable
 from penstock.executor.admission import AdmissionPolicy
 from penstock.executor.budgets import Budgets
@@ -46,6 +45,7 @@ from penstock.executor.native_lines import Collector
 from penstock.executor.native_plan import NativePlanner
 from penstock.executor.partial import PartialResults
 from penstock.executor.retry import RetryPolicy
+from penstock.executor.sweep import Sweeper
 from penstock.executor.upkeep import (
     find_lost_work,
     keep_up,
@@ -65,6 +65,7 @@ from penstock.telemetry import Health, Metrics
 from penstock.uploads import Uploads
 from penstock.upstream.anthropic_batch import AnthropicBatchUpstream
 from penstock.upstream.base import BatchUpstream, LineUpstream
+from penstock.upstream.bedrock_batch import BedrockBatchUpstream
 from penstock.upstream.fireworks_batch import FireworksBatchUpstream
 from penstock.upstream.gemini_batch import GeminiBatchUpstream
 from penstock.upstream.kinds import KINDS
@@ -75,8 +76,12 @@ from penstock.upstream.routes import NativeUse, Route, Routes
 from penstock.upstream.translated import Locate, TranslatedUpstream
 from penstock.upstream.translation import anthropic, gemini, mistral
 from penstock.upstream.translation.base import Translation
+from penstock.upstream.vertex_batch import VertexBatchUpstream
 from penstock.upstream.webhook import WebhookTarget
 from penstock.upstream.webhook_http import HttpWebhookSender
+
+if TYPE_CHECKING:
+    from penstock.engine.postgres import PostgresEngine
 
 _log = structlog.get_logger()
 
@@ -111,7 +116,7 @@ class App:
 class _Ground:
     """What API and work stand on."""
 
-    engine: MemoryEngine | PostgresEngine
+    engine: "MemoryEngine | PostgresEngine"
     store: SqlStore
     blobs: FolderBlobs | ObjectBlobs
     segments: Segments
@@ -196,6 +201,9 @@ async def _open_ground(settings: Settings, stack: contextlib.AsyncExitStack) -> 
     if url is None:
         engine = MemoryEngine()
     else:
+        # What a cluster needs is loaded by a cluster alone.
+        from penstock.engine.postgres import PostgresEngine  # noqa: PLC0415
+
         engine = PostgresEngine(url, heartbeat_timeout_s=settings.worker.lease_s)
         stack.push_async_callback(engine.close)
     store = SqlStore(url or store_url(data_dir), jobs=engine)
@@ -259,7 +267,7 @@ async def _work(
     options = _worker_options(settings, circuits, segments)
     members = Members(store=store, worker_id=options.worker_id, version=__version__)
     is_alone = settings.database_url is None
-    feeder = Feeder(store=store, engine=engine, share=members.share)
+    feeder = Feeder(store=store, engine=engine, share=members.share, pace=members.pace)
     worker = Worker(
         store=store,
         blobs=blobs,
@@ -274,6 +282,7 @@ async def _work(
         options=options,
         wants_more=feeder.has_room,
         took=feeder.hold,
+        pace=members.pace,
     )
     feeder.serve(worker)
     budgets = Budgets(
@@ -282,6 +291,7 @@ async def _work(
         worker_id=options.worker_id,
         health=ground.health,
         clock=clock.now,
+        pace=members.pace,
     )
     runner = NativeRunner(
         store=store,
@@ -312,6 +322,12 @@ async def _work(
         stats=metrics.work,
         natives=NativePlanner(routes),
     )
+    sweeper = Sweeper(
+        store=store,
+        blobs=blobs,
+        segments=segments,
+        delete_leftovers=blobs.delete_leftovers if isinstance(blobs, FolderBlobs) else None,
+    )
     sender = HttpWebhookSender()
     deliverer = Deliverer(
         store=store,
@@ -327,10 +343,11 @@ async def _work(
     engine.handle(JobKind.EXPIRE, lifecycle.expire)
     engine.handle(JobKind.WEBHOOK, deliverer.deliver)
     engine.handle(JobKind.NATIVE, runner.advance)
+    engine.handle(JobKind.SWEEP, sweeper.sweep)
     loops = [
         feeder.run(),
         keep_up(store=store, blobs=blobs),
-        watch_deliveries(store=store, engine=engine),
+        watch_deliveries(store=store, engine=engine, pace=members.pace),
         watch_native_runs(store=store, engine=engine),
     ]
     if is_alone:
@@ -347,7 +364,12 @@ async def _work(
         await members.join()
         loops += [
             members.run(),
-            find_lost_work(store=store, engine=engine, every_s=settings.worker.lease_s),
+            find_lost_work(
+                store=store,
+                engine=engine,
+                lease_s=settings.worker.lease_s,
+                is_first=lambda: members.share()[0] == 0,
+            ),
         ]
     try:
         async with _plain_errors(), asyncio.TaskGroup() as tasks:
@@ -363,6 +385,7 @@ async def _work(
                 worker.stop()
                 deliverer.stop()
                 runner.stop()
+                sweeper.stop()
                 await _end(engine, settings.server.shutdown_grace_s + _DRAIN_S)
                 handing.cancel()
                 if sharing is not None:
@@ -423,7 +446,7 @@ async def _ensure_projects(
     Returns:
         The project `default`, and the upstreams that each project may choose.
     """
-    headers = {each.name: KINDS[each.kind].headers for each in settings.upstreams}
+    headers = {each.name: KINDS[each.kind].client_headers for each in settings.upstreams}
     choices: dict[ProjectId, UpstreamChoices] = {}
     for project in settings.projects:
         owner = await store.ensure_project(
@@ -492,7 +515,7 @@ async def _add_key(store: SqlStore, project_id: ProjectId, project: str, key: st
     await store.add_key(record, digest=key_digest(key))
 
 
-async def _end(engine: MemoryEngine | PostgresEngine, patience_s: float) -> None:
+async def _end(engine: "MemoryEngine | PostgresEngine", patience_s: float) -> None:
     try:
         async with asyncio.timeout(patience_s):
             await engine.stop()
@@ -529,7 +552,7 @@ def _make_upstream(upstream: Upstream) -> LineUpstream:
         first_byte_timeout_s=upstream.first_byte_timeout_s,
         silence_timeout_s=upstream.silence_timeout_s,
         streams=upstream.stream,
-        headers=kind.request_headers,
+        headers=kind.headers,
         key_header=kind.key_header,
     )
     if kind.form is None:
@@ -558,6 +581,25 @@ _BATCH_ADAPTERS: dict[str, Callable[[Upstream], BatchUpstream]] = {
     ),
     "gemini": lambda upstream: GeminiBatchUpstream(**_provider(upstream)),
     "mistral": lambda upstream: MistralBatchUpstream(**_provider(upstream)),
+    "bedrock": lambda upstream: BedrockBatchUpstream(
+        name=upstream.name,
+        region=upstream.region or "",
+        storage=upstream.batch_storage or "",
+        role_arn=upstream.role_arn or "",
+        endpoint=upstream.batch_url,
+        storage_endpoint=upstream.batch_storage_url,
+        connect_timeout_s=upstream.connect_timeout_s,
+    ),
+    "vertex": lambda upstream: VertexBatchUpstream(
+        name=upstream.name,
+        project=upstream.google_project or "",
+        region=upstream.region or "",
+        storage=upstream.batch_storage or "",
+        service_account=upstream.service_account,
+        endpoint=upstream.batch_url,
+        storage_endpoint=upstream.batch_storage_url,
+        connect_timeout_s=upstream.connect_timeout_s,
+    ),
 }
 """What speaks to batch APIs, by the name that `upstream.kinds` gives it."""
 

@@ -156,7 +156,7 @@ async def check_upstream(settings: Upstream) -> Finding:
             max_concurrency=settings.max_concurrency,
             request_timeout_s=min(settings.request_timeout_s, 30),
             connect_timeout_s=settings.connect_timeout_s,
-            headers=KINDS[settings.kind].request_headers,
+            headers=KINDS[settings.kind].headers,
             key_header=KINDS[settings.kind].key_header,
         )
         try:

@@ -103,9 +103,8 @@ class CheckedInput:
     """The given endpoint or the one found; None if no line names one."""
 
 
-@dataclass(frozen=True, slots=True)
-class RequestLine:
-    """One request, ready to be sent."""
+class RequestLine(msgspec.Struct, frozen=True, gc=False):
+    """One request, ready to be sent. A msgspec struct, because one is made for every line."""
 
     line: int
     """Its number in the input file, from 1."""

@@ -486,6 +486,7 @@ class JobKind(StrEnum):
     EXPIRE = "expire"  # a batch's completion window closes
     WEBHOOK = "webhook"  # an event is to be delivered
     NATIVE = "native_poll"  # a native run is to be taken a step further
+    SWEEP = "sweep"  # what nothing names is to be deleted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -329,6 +329,44 @@ class Upstream(Table):
         _LABEL,
         default=None,
     )
+    region: Text | None = _setting(
+        "With a batch API in a cloud, the cloud's region where batches are run, such as "
+        "`us-east-1` or `us-central1`.",
+        "a region's name",
+        default=None,
+    )
+    batch_storage: Text | None = _setting(
+        "With a batch API in a cloud, the bucket for the files of batches, and a folder in it, "
+        "such as `s3://bucket/folder` or `gs://bucket/folder`.",
+        "s3:// or gs:// and a bucket's name, and a folder if you like",
+        default=None,
+    )
+    role_arn: Text | None = _setting(
+        "With kind `bedrock`, the role by which Amazon reads and writes in that bucket.",
+        "a role's ARN, such as arn:aws:iam::123456789012:role/batch",
+        default=None,
+    )
+    google_project: Text | None = _setting(
+        "With kind `vertex`, the project of Google Cloud in which batches are run.",
+        "a project's ID",
+        default=None,
+    )
+    service_account: Annotated[Path, BeforeValidator(_directory)] | None = _setting(
+        "With kind `vertex`, the file of a service account's key; without one Google's own "
+        "chain of credentials is asked.",
+        "a path",
+        default=None,
+    )
+    batch_url: Annotated[str, BeforeValidator(_base_url)] | None = _setting(
+        "Where the batch API is, if not where its cloud has it for the region.",
+        "an http or https URL with a host and without a query",
+        default=None,
+    )
+    batch_storage_url: Annotated[str, BeforeValidator(_base_url)] | None = _setting(
+        "Where the storage's API is, if not where its cloud has it for the region.",
+        "an http or https URL with a host and without a query",
+        default=None,
+    )
     models: Annotated[tuple[Text, ...], Field(min_length=1)] = _setting(
         "Glob patterns; the first upstream that matches a line's model takes the line.",
         "a list of at least one pattern",
@@ -622,30 +660,10 @@ def _check_together(settings: Settings, sources: Sources) -> None:
                     f"{told(table, index, 'name')}; it must not be that of {table}[{first}]."
                 )
     _check_groups(settings, told)
-    _check_kinds(settings, told)
     _check_choices(settings, told)
+    _check_kinds(settings, told)
     _check_keys(settings, sources)
     _check_webhooks(settings, told)
-
-
-def _check_kinds(settings: Settings, told: Callable[..., str]) -> None:
-    for index, upstream in enumerate(settings.upstreams):
-        kind = KINDS[upstream.kind]
-        if upstream.stream and not kind.streams:
-            raise InvalidSettings(
-                f"{told('upstreams', index, 'stream')}; it must be false for kind "
-                f"{upstream.kind}, whose streams are not spoken here."
-            )
-        if upstream.account is not None and not kind.needs_account:
-            raise InvalidSettings(
-                f"{told('upstreams', index, 'account')}; it must be left out for kind "
-                f"{upstream.kind}, which has none."
-            )
-        if upstream.account is None and kind.needs_account and upstream.mode != "lines":
-            raise InvalidSettings(
-                f"{told('upstreams', index, 'mode')}; upstreams[{index}].account must name the "
-                f"account at the provider, or mode must be lines."
-            )
 
 
 def _check_groups(settings: Settings, told: Callable[..., str]) -> None:
@@ -686,6 +704,29 @@ def _check_choices(settings: Settings, told: Callable[..., str]) -> None:
                 raise InvalidSettings(
                     f"{told('projects', index, 'allow_upstreams', number)}; it must be the "
                     f"name of an upstream without a group: {', '.join(names) or 'none is set'}."
+                )
+
+
+def _check_kinds(settings: Settings, told: Callable[..., str]) -> None:
+    special = {name for kind in KINDS.values() for name in (*kind.needs, *kind.takes)}
+    for index, upstream in enumerate(settings.upstreams):
+        kind = KINDS[upstream.kind]
+        if upstream.stream and not kind.streams:
+            raise InvalidSettings(
+                f"{told('upstreams', index, 'stream')}; it must be false for kind "
+                f"{upstream.kind}, whose streams are not spoken here."
+            )
+        for name in sorted(special - {*kind.needs, *kind.takes}):
+            if getattr(upstream, name) is not None:
+                raise InvalidSettings(
+                    f"{told('upstreams', index, name)}; it must not be set for the kind "
+                    f"{upstream.kind}, which does not read it."
+                )
+        for name in kind.needs:
+            if upstream.mode != "lines" and getattr(upstream, name) is None:
+                raise InvalidSettings(
+                    f"upstreams[{index}].{name} is not set; it must be for the kind "
+                    f"{upstream.kind} unless upstreams[{index}].mode is lines."
                 )
 
 

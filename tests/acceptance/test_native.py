@@ -158,7 +158,9 @@ async def test_a_second_penstock_runs_the_batches_of_a_first_one(tmp_path: Path)
         [theirs] = [each async for each in second.batches.list()]
         assert theirs.metadata is not None
         assert theirs.metadata["team"] == "search"
-        assert [each async for each in second.files.list()] == []
+        async with asyncio.timeout(PATIENCE_S):
+            while [each async for each in second.files.list()]:
+                await asyncio.sleep(0.1)
     results = [json.loads(text) for text in content.text.splitlines()]
     assert [each["custom_id"] for each in results] == NAMES
     answers = [each["response"]["body"]["choices"][0]["message"]["content"] for each in results]

@@ -19,13 +19,16 @@ from tests.providers import (
     gemini_server,
     mistral_server,
     openai_server,
+    vertex_server,
 )
 from tests.providers.anthropic_server import AnthropicProvider, errored
+from tests.providers.buckets import Buckets
 from tests.providers.dialects import GroqProvider, TogetherProvider
 from tests.providers.fireworks_server import FireworksProvider
 from tests.providers.gemini_server import GeminiProvider
 from tests.providers.mistral_server import MistralProvider
 from tests.providers.openai_server import OpenAIProvider
+from tests.providers.vertex_server import VertexProvider
 from tests.upstreams import chat_completion
 
 HERE = Path(__file__).parent
@@ -189,3 +192,33 @@ async def test_the_clients_of_compatible_providers_are_served(
     assert seen["refused"] == [400, 404]
     assert seen["ended"]["status"].lower() == "completed"
     assert seen["output"] == {"r0": 200, "r1": 200}
+
+
+async def test_googles_client_is_served_at_vertex() -> None:
+    row = {"request": {"contents": [{"parts": [{"text": "Hi."}]}]}, "key": "line-1"}
+    with Buckets() as buckets:
+        bucket = buckets.create()
+        buckets.write(bucket, "in/input.jsonl", json.dumps(row).encode())
+        async with VertexProvider(buckets) as provider:
+            where = [vertex_server.PROJECT, vertex_server.REGION, f"gs://{bucket}/in"]
+            seen = await see(
+                "requirements-providers.txt",
+                "vertex_flow.py",
+                provider.url,
+                provider.new_token(),
+                *where,
+                end=provider.end,
+            )
+
+    assert seen["created"]["state"] == "JOB_STATE_PENDING"
+    assert seen["created"]["display_name"] == "reviews"
+    assert seen["created"]["src"]["gcs_uri"] == [f"gs://{bucket}/in/input.jsonl"]
+    assert seen["created"]["dest"]["gcs_uri"] == f"gs://{bucket}/in/output"
+    assert seen["listed"] == seen["ids"]
+    assert seen["cancelling"]["state"] == "JOB_STATE_CANCELLING"
+    refused = [[404, "NOT_FOUND"], [401, "UNAUTHENTICATED"], [400, "INVALID_ARGUMENT"]]
+    assert seen["refused"] == refused
+    assert seen["ended"]["state"] == "JOB_STATE_SUCCEEDED"
+    assert seen["ended"]["completion_stats"] == {"successful_count": 1}
+    directory = seen["ended"]["output_info"]["gcs_output_directory"]
+    assert directory.startswith(f"gs://{bucket}/in/output/prediction-model-")

@@ -210,12 +210,27 @@ async def server() -> AsyncIterator[ScriptedUpstream]:
 
 def test_when_a_part_is_renewed() -> None:
     def due(
-        since_s: float = 0.1, demand: int = 5, asked: int = 5, part: int = 5, news: bool = False
+        *,
+        since_s: float = 0.1,
+        demand: int = 5,
+        asked: int = 5,
+        part: int = 5,
+        news: bool = False,
+        every_s: float = 2,
     ) -> bool:
-        return is_due(since_s=since_s, demand=demand, asked=asked, part=part, has_news=news)
+        return is_due(
+            since_s=since_s,
+            demand=demand,
+            asked=asked,
+            part=part,
+            has_news=news,
+            every_s=every_s,
+        )
 
     assert not due()
     assert due(since_s=2)
+    assert not due(since_s=2, every_s=4)
+    assert due(since_s=4, every_s=4)
     assert due(news=True)
     assert due(demand=1, asked=0, part=0)
     assert not due(demand=2, asked=0, part=2)

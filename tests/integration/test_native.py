@@ -1,6 +1,5 @@
 """Batches that a provider's own batch API runs, over a provider that misbehaves."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +8,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from penstock.executor import native_plan
 from penstock.executor.native import NativePolicy
 from penstock.model import Batch, BatchStatus, Counts, NativeRun
 from penstock.upstream.openai_batch import DIALECTS
 from tests.integration.bench import (
-    PATIENCE_S,
     Bench,
     Upload,
     codes,
@@ -74,18 +73,18 @@ async def wait_for_jobs(provider: OpenAIProvider, count: int) -> list[str]:
     return provider.native_ids
 
 
+async def wait_until_cleaned_up(provider: OpenAIProvider) -> None:
+    async def is_clean() -> bool:
+        return not provider.files
+
+    await until(is_clean)
+
+
 def texts(lines: list[Any]) -> list[str]:
     return [each["response"]["body"]["choices"][0]["message"]["content"] for each in lines]
 
 
 NAMES = [f"line-{n}" for n in range(10)]
-
-
-async def until_tidy(provider: OpenAIProvider) -> None:
-    """Wait until no file is left at the provider: they go once the results are safe."""
-    async with asyncio.timeout(PATIENCE_S):
-        while provider.files:
-            await asyncio.sleep(0.01)
 
 
 async def test_a_batch_is_run_as_one_job_and_its_results_stand_in_input_order(
@@ -99,7 +98,7 @@ async def test_a_batch_is_run_as_one_job_and_its_results_stand_in_input_order(
         ended = await it.wait_until_ended(batch)
 
         output, errors = await it.results(batch)
-        await until_tidy(provider)
+        await wait_until_cleaned_up(provider)
     assert ended.status is BatchStatus.COMPLETED
     assert ended.counts == Counts(total=10, completed=10, failed=0)
     assert ended.usage.total_tokens > 0
@@ -326,7 +325,7 @@ async def test_a_job_for_which_there_was_no_room_is_submitted_again(
         [_, second] = await wait_for_jobs(provider, 2)
         provider.end(second)
         ended = await it.wait_until_ended(batch)
-        await until_tidy(provider)
+        await wait_until_cleaned_up(provider)
     assert ended.counts.completed == 10
     keys = [provider.batches[each]["metadata"]["penstock_job"] for each in (first, second)]
     assert keys[0] != keys[1]
@@ -341,7 +340,7 @@ async def test_a_job_that_is_refused_fails_its_lines(
         batch = await it.create(*NAMES)
         await it.wait_until_ended(batch)
         _, errors = await it.results(batch)
-        await until_tidy(provider)
+        await wait_until_cleaned_up(provider)
     assert codes(errors) == dict.fromkeys(NAMES, "upstream_batch_failed")
 
 
@@ -427,10 +426,11 @@ async def test_with_fallback_lines_of_a_refused_job_are_sent_one_by_one(
 
 
 async def test_with_fallback_a_job_is_stopped_in_time_for_the_rest(
-    data_dir: Path, provider: OpenAIProvider
+    data_dir: Path, provider: OpenAIProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(native_plan, "_FALLBACK_SHARE", 0.9)
     async with bench(data_dir, provider, fallback="lines") as it:
-        batch = await it.create(*NAMES, window="10s")
+        batch = await it.create(*NAMES, window="20s")
         await wait_for_jobs(provider, 1)
         ended = await it.wait_until_ended(batch)
         output, _ = await it.results(batch)

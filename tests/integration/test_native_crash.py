@@ -128,7 +128,11 @@ class Adapter:
 
     async def submit(self, job: NativeJob, records: AsyncIterator[bytes], note: Note) -> str:
         self._clock.step("before upload")
-        lines = [record async for record in records]
+        lines: list[bytes] = []
+        async for record in records:
+            lines.append(record)
+            if len(lines) == job.requests:
+                break  # as HTTP does with a body whose length it knows
         assert (len(lines), sum(len(each) + 1 for each in lines)) == (job.requests, job.bytes)
         self._clock.step("after upload")
         await note({"file": "f"})

@@ -26,8 +26,11 @@ from penstock.testing.store import (
     so_far,
     start,
 )
+from penstock.testing.store_budgets import BudgetContract
 from penstock.testing.store_creations import CreationContract
 from penstock.testing.store_files import FileContract
+from penstock.testing.store_natives import NativeRunContract
+from penstock.testing.store_segments import SegmentContract
 from penstock.testing.store_slices import SliceContract
 from penstock.testing.store_uploads import UploadContract
 from penstock.testing.store_webhooks import WebhookContract
@@ -50,6 +53,9 @@ class TestSqlStore(
     StoreContract,
     FileContract,
     SliceContract,
+    BudgetContract,
+    SegmentContract,
+    NativeRunContract,
     CreationContract,
     UploadContract,
     WebhookContract,

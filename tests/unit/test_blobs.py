@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -120,6 +121,8 @@ async def test_what_a_dead_process_left_is_deleted_and_blobs_are_kept(
     raw.set("files/b#1", b"half a bl")
 
     keys = [key async for key in blobs.iter_keys("files")]
+    blobs.delete_leftovers(time.time() - 60)
+    assert raw.everything() == ["files/a", "files/b#1"]
     blobs.delete_leftovers()
 
     assert keys == ["files/a"]

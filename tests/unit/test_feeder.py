@@ -26,6 +26,7 @@ from penstock.model import (
     ProjectId,
     Purpose,
     Slice,
+    SliceId,
 )
 from penstock.store.base import Backlog, BatchChange
 from penstock.store.sql import SqlStore
@@ -377,4 +378,34 @@ async def test_a_worker_begins_with_its_own_part_and_goes_on_with_the_others(
     async with feeding(store, lanes, handed, share=lambda: (1, 3)):
         await handed.until(lambda names: len(names) == 9)
 
-    assert handed.names == [f"a:{n}" for n in (1, 4, 7, 0, 2, 3, 5, 6, 8)]
+    assert handed.names == [f"a:{n}" for n in (1, 4, 7, 3, 5, 6, 8, 0, 2)]
+
+
+async def test_what_was_read_ahead_is_read_anew_when_the_workers_change(
+    store: SqlStore,
+) -> None:
+    await begin(store, "a", slices=9)
+    lanes, handed = Lanes(room=REQUESTS), Handed()
+    part = (0, 1)
+    async with feeding(store, lanes, handed, share=lambda: part) as feeder:
+        await handed.until(lambda names: names == ["a:0"])
+        part, lanes.room = (1, 3), 4 * REQUESTS
+        feeder.has_room()
+        await handed.until(lambda names: len(names) == 4)
+
+    assert handed.names == ["a:0", "a:1", "a:4", "a:7"]
+
+
+async def test_what_was_read_ahead_is_read_anew_when_another_was_faster(
+    store: SqlStore,
+) -> None:
+    await begin(store, "a", slices=4)
+    lanes, handed = Lanes(room=REQUESTS), Handed()
+    async with feeding(store, lanes, handed) as feeder:
+        await handed.until(lambda names: names == ["a:0"])
+        taken = [SliceId(f"a:{number}") for number in range(3)]
+        await store.claim_slices(taken, worker_id="other", lease_s=60, now=time.time())
+        feeder.hold("a:0", False)
+        await handed.until(lambda names: len(names) == 2)
+
+    assert handed.names == ["a:0", "a:3"]

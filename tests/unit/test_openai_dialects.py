@@ -122,13 +122,14 @@ class TestTogether(DialectContract):
         self, provider: OpenAIProvider, upstream: OpenAIBatchUpstream
     ) -> None:
         native_id = await self.submit(upstream, self.job(upstream))
-        provider.end(native_id, "failed", faults=[{"message": "Bad file."}])
+        provider.end(native_id, "failed", faults=[{"code": "x", "message": "Bad file."}])
 
         status = await upstream.check(self.job(upstream), native_id)
 
         assert (status.state, status.message) == (NativeState.FAILED, "Bad file.")
+        assert not status.may_pass
 
 
 def test_what_clients_may_say_of_azure_is_the_version_of_its_api() -> None:
-    assert KINDS["azure"].headers == {API_VERSION}
-    assert all(not KINDS[kind].headers for kind in ("openai", "groq", "together"))
+    assert KINDS["azure"].client_headers == {API_VERSION}
+    assert all(not KINDS[kind].client_headers for kind in ("openai", "groq", "together"))

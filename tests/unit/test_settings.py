@@ -246,7 +246,7 @@ def test_variables_of_the_client_and_of_kubernetes_are_passed_over(
         ('[[upstreams]]\nname = "a"', "upstreams[0].base_url is missing (file penstock.toml); "
          "it must be an http or https URL with a host and without a query, such as "
          "http://127.0.0.1:9000/v1."),
-        (UPSTREAM + 'kind = "asure"', 'upstreams[0].kind is "asure" (file penstock.toml); it '
+        (UPSTREAM + 'kind = "acme"', 'upstreams[0].kind is "acme" (file penstock.toml); it '
          f"must be one of {', '.join(KINDS)}."),
         (UPSTREAM + 'mode = "native"\ngroup = "a"', 'upstreams[0].mode is "native" (file '
          "penstock.toml); it must be lines for an upstream of a group, because a batch of a "
@@ -283,6 +283,46 @@ def test_a_base_url_must_be_one(url: str) -> None:
     assert refused(upstreams=upstream_from_flag(url)).startswith(
         f'upstreams[0].base_url is "{url}" (flag --upstream); it must be an http or https URL'
     )
+
+
+CLOUD = {
+    "bedrock": {
+        "region": "us-east-1",
+        "batch_storage": "s3://b",
+        "role_arn": "arn:aws:iam::1:role/r",
+    },
+    "vertex": {"region": "us-central1", "batch_storage": "gs://b", "google_project": "p"},
+}
+
+
+@pytest.mark.parametrize("kind", CLOUD)
+def test_a_cloud_must_be_told_where_its_batches_are_run(kind: str) -> None:
+    upstream = {"name": "a", "base_url": "http://a/v1", "kind": kind, "mode": "native"}
+
+    assert load(upstreams=[upstream | CLOUD[kind]]).upstreams[0].region
+    assert load(upstreams=[upstream | {"mode": "lines"}]).upstreams[0].region is None
+    for name in CLOUD[kind]:
+        given = {key: value for key, value in CLOUD[kind].items() if key != name}
+        with pytest.raises(
+            InvalidSettings, match=rf"^upstreams\[0\].{name} is not set; it must"
+        ):
+            load(upstreams=[upstream | given])
+
+
+@pytest.mark.parametrize("kind", ["openai", "bedrock", "vertex"])
+def test_what_a_kind_does_not_read_must_not_be_set(kind: str) -> None:
+    read = {*KINDS[kind].needs, *KINDS[kind].takes}
+    everything = CLOUD["bedrock"] | CLOUD["vertex"] | {"service_account": "/key.json"}
+
+    for name in everything.keys() - read:
+        upstream = {
+            "name": "a",
+            "base_url": "http://a/v1",
+            "kind": kind,
+            name: everything[name],
+        }
+        with pytest.raises(InvalidSettings, match=f"it must not be set for the kind {kind}"):
+            load(upstreams=[upstream])
 
 
 def test_the_models_of_all_upstreams_are_told_once() -> None:

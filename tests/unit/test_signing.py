@@ -41,7 +41,7 @@ def test_the_signature_of_the_contract() -> None:
     }
 
 
-@pytest.mark.parametrize("secret", [SECRET, RAW, new_secret()])
+@pytest.mark.parametrize("secret", [SECRET, RAW, new_secret()], ids=["signing", "text", "new"])
 def test_openai_s_client_accepts_what_was_signed(secret: str) -> None:
     verify(headers(secret), secret=secret)
 

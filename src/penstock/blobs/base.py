@@ -67,8 +67,15 @@ class Blobs(Protocol):
         """Delete blobs. One that is not there is passed over."""
         ...
 
-    def iter_keys(self, prefix: str) -> AsyncIterator[str]:
-        """The keys below `prefix`, in no particular order."""
+    def iter_keys(
+        self, prefix: str, *, written_before: float | None = None
+    ) -> AsyncIterator[str]:
+        """The keys below `prefix`, in no particular order.
+
+        Args:
+            written_before: Only of blobs that appeared before this time, by the clock of
+                where they lie.
+        """
         ...
 
     async def check(self) -> None:

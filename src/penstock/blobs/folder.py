@@ -11,7 +11,7 @@ import secrets
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -170,7 +170,10 @@ class FolderBlobs:
                 except FileNotFoundError:
                     continue
 
-    async def iter_keys(self, prefix: str) -> AsyncIterator[str]:
+    async def iter_keys(
+        self, prefix: str, *, written_before: float | None = None
+    ) -> AsyncIterator[str]:
+        before = float("inf") if written_before is None else written_before
         pages: AsyncIterable[Sequence[ObjectMeta]] = obstore.list(self._store, prefix)  # pyright: ignore[reportUnknownMemberType]
         walk = aiter(pages)
         while True:
@@ -179,18 +182,24 @@ class FolderBlobs:
             if page is None:
                 return
             for entry in page:
-                yield entry["path"]
+                if entry["last_modified"].timestamp() < before:
+                    yield entry["path"]
 
     async def check(self) -> None:
         await check_by_trial(self)
 
-    def delete_leftovers(self) -> None:
+    def delete_leftovers(self, untouched_since: float | None = None) -> None:
         """Delete the temporary files of writes that a dead process did not end.
 
-        Only for a folder that this process has to itself, and before its first `put`.
+        Args:
+            untouched_since: Only those to which nothing was written since this time. None is
+                for a folder that this process has to itself, before its first `put`.
         """
+        before = float("inf") if untouched_since is None else untouched_since
         for path in self._root.rglob("*#*"):
-            path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # it was renamed or deleted meanwhile
+                if path.stat().st_mtime < before:
+                    path.unlink()
 
     def _sync(self, key: str) -> None:
         """Make a renamed file survive a loss of power."""

@@ -203,7 +203,10 @@ class ObjectBlobs:
             if names_no_bucket(error):
                 raise
 
-    async def iter_keys(self, prefix: str) -> AsyncIterator[str]:
+    async def iter_keys(
+        self, prefix: str, *, written_before: float | None = None
+    ) -> AsyncIterator[str]:
+        before = float("inf") if written_before is None else written_before
         pages: AsyncIterable[Sequence[ObjectMeta]] = obstore.list(self._store, prefix)  # pyright: ignore[reportUnknownMemberType]
         walk = aiter(pages)
         while True:
@@ -212,7 +215,8 @@ class ObjectBlobs:
             if page is None:
                 return
             for entry in page:
-                yield entry["path"]
+                if entry["last_modified"].timestamp() < before:
+                    yield entry["path"]
 
     async def check(self) -> None:
         await check_by_trial(self)

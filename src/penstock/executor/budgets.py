@@ -1,9 +1,9 @@
 """Keeps a worker to its part of each upstream that it shares with others.
 
-Every two seconds it renews its parts, and sooner when a part has become too small or the
-upstream has refused something of which the others are to hear. Its lease is measured by its own
-monotonic clock from before it asked, so that it stops before others take over what it had: also
-if it was stopped itself, or the database is away.
+Every two seconds, or more rarely among many, it renews its parts, and sooner when a part has
+become too small or the upstream has refused something of which the others are to hear. Its
+lease is measured by its own monotonic clock from before it asked, so that it stops before
+others take over what it had: also if it was stopped itself, or the database is away.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ import structlog
 from penstock.errors import StorageUnavailable
 from penstock.executor.admission import Admission
 from penstock.executor.lanes import Lane
+from penstock.executor.members import Pace, alone
 from penstock.shares import Part
 from penstock.store.base import Budget, BudgetRequest, Store
 from penstock.telemetry import Health
@@ -24,24 +25,35 @@ _log = structlog.get_logger()
 
 LEASE_S = 10.0
 RENEW_S = 2.0
+_RENEWALS_PER_S = 25.0
+"""How often all workers together renew, at most: each holds the upstreams' rows meanwhile."""
 _MARGIN = 0.2
 """This part of a lease before its end, nothing more is sent."""
 _LOOK_S = 0.05
 _FAULT = "budgets"
 
 
-def is_due(*, since_s: float, demand: int, asked: int, part: int, has_news: bool) -> bool:
+def is_due(
+    *,
+    since_s: float,
+    demand: int,
+    asked: int,
+    part: int,
+    has_news: bool,
+    every_s: float = RENEW_S,
+) -> bool:
     """Whether a part is to be renewed.
 
     Args:
         since_s: How long ago it was.
+        every_s: How often it is when nothing happens.
         demand: How many requests could be in flight now.
         asked: How many could when it was renewed.
         part: How many may.
         has_news: Whether others are to hear something.
     """
     has_grown = demand > part and demand >= 2 * asked
-    return since_s >= RENEW_S or has_news or has_grown
+    return since_s >= every_s or has_news or has_grown
 
 
 @dataclass(slots=True, eq=False)
@@ -63,9 +75,10 @@ class _Shared:
     heard: float | None = None
     """The last refusal that it was told of, in Unix seconds."""
 
-    def is_due(self, now: float) -> bool:
+    def is_due(self, now: float, every_s: float) -> bool:
         return is_due(
             since_s=now - self.asked_at,
+            every_s=every_s,
             demand=self.door.demand(self.lane.waiting),
             asked=self.demand,
             part=self.part,
@@ -126,6 +139,8 @@ class Budgets:
     Args:
         lanes: The worker's lanes. Their doors must have been made `is_shared`.
         clock: The time by which leases are measured: Unix seconds, the same for all workers.
+        lease_s: How long a part is leased; longer by as much as many workers renew more rarely.
+        pace: How often each of several workers renews.
     """
 
     def __init__(
@@ -137,6 +152,7 @@ class Budgets:
         health: Health,
         clock: Callable[[], float] = time.time,
         lease_s: float = LEASE_S,
+        pace: Pace = alone,
     ) -> None:
         self._store = store
         self._lanes = lanes
@@ -144,15 +160,17 @@ class Budgets:
         self._health = health
         self._clock = clock
         self._lease_s = lease_s
+        self._pace = pace
         self._shared: dict[str, _Shared] = {}
 
     async def run(self) -> None:
         """Renew until cancelled. It must go on while the last lines of a worker end."""
         while True:
             now = time.monotonic()
-            due = [each for each in self._find() if each.is_due(now)]
+            every_s = self._pace(RENEW_S, _RENEWALS_PER_S)
+            due = [each for each in self._find() if each.is_due(now, every_s)]
             if due:
-                await self._renew(due)
+                await self._renew(due, self._lease_s * every_s / RENEW_S)
             await asyncio.sleep(_LOOK_S)
 
     def _find(self) -> Sequence[_Shared]:
@@ -161,13 +179,13 @@ class Budgets:
                 self._shared.setdefault(door.upstream.name, _Shared(lane, door))
         return list(self._shared.values())
 
-    async def _renew(self, due: Sequence[_Shared]) -> None:
+    async def _renew(self, due: Sequence[_Shared], lease_s: float) -> None:
         now, wall = time.monotonic(), self._clock()
         requests = [each.ask(now, wall) for each in due]
         try:
             # No time limit: a renewal that comes late must not come after the next one.
             budgets = await self._store.lease_budgets(
-                self._worker_id, requests, lease_s=self._lease_s, now=wall
+                self._worker_id, requests, lease_s=lease_s, now=wall
             )
         except StorageUnavailable as error:
             if self._health.fail(_FAULT, str(error)):
@@ -180,4 +198,4 @@ class Budgets:
         if self._health.recover(_FAULT):
             _log.info("The parts of shared upstreams are renewed again.")
         for each, budget in zip(due, budgets, strict=True):
-            each.take(budget, wall_ahead=wall - now, lease_s=self._lease_s)
+            each.take(budget, wall_ahead=wall - now, lease_s=lease_s)

@@ -18,6 +18,7 @@ import structlog
 from penstock import clock
 from penstock.engine.base import Engine
 from penstock.errors import StorageUnavailable
+from penstock.executor.members import Pace, alone
 from penstock.model import BatchId, Job, JobKind, ProjectId, Slice, SliceId
 from penstock.store.base import Backlog, Store
 
@@ -25,6 +26,8 @@ _log = structlog.get_logger()
 
 _LOOK_S = 1.0
 """How often it looks for batches that nobody told it of."""
+_LOOKS_PER_S = 50.0
+"""How often all workers together look, at most."""
 _AHEAD = 64
 """How many slices of a batch are read from the store at once."""
 
@@ -71,12 +74,25 @@ def next_batch(
     )
 
 
+def _first_with_room(waiting: Iterable[Slice], batch: Backlog, lanes: Lanes) -> Slice | None:
+    full: set[object] = set()
+    for piece in waiting:
+        # Fresh slices of the same models go to the same lanes, so one of them tells of all.
+        alike = piece.id if piece.attempt else piece.models
+        if alike not in full:
+            if lanes.has_room(piece, batch):
+                return piece
+            full.add(alike)
+    return None
+
+
 class Feeder:
     """Keeps the next few slices in the engine.
 
     Args:
         share: Says with which part of a batch this worker begins, as `Store.list_pending`
             understands it.
+        pace: How often each of several workers looks for batches.
     """
 
     def __init__(
@@ -85,13 +101,16 @@ class Feeder:
         store: Store,
         engine: Engine,
         share: Callable[[], tuple[int, int]] = whole_batch,
+        pace: Pace = alone,
     ) -> None:
         self._store = store
         self._engine = engine
         self._share = share
+        self._pace = pace
         self._lanes: Lanes | None = None
         self._wake = asyncio.Event()
-        self._looked_at = -_LOOK_S
+        self._looked_at = float("-inf")
+        self._read_as = share()
         self._backlog: dict[BatchId, Backlog] = {}
         self._next: dict[BatchId, deque[Slice]] = {}
         self._aside: dict[BatchId, set[SliceId]] = {}
@@ -104,17 +123,19 @@ class Feeder:
 
     def poke(self) -> None:
         """Say that batches have slices to hand out that had none before."""
-        self._looked_at = -_LOOK_S
+        self._looked_at = float("-inf")
         self._wake.set()
 
     def has_room(self) -> None:
         """Say that a lane may be short of lines."""
         self._wake.set()
 
-    def hold(self, name: str) -> None:
+    def hold(self, name: str, is_taken: bool = True) -> None:
         """Say that the worker has taken a slice in, or did not get it: it is no longer only
         expected."""
         if (handed := self._handed.pop(SliceId(name), None)) and self._lanes:
+            if not is_taken:  # another was faster, and will have taken more of those
+                self._next.pop(handed[0].batch_id, None)
             self._lanes.expect(*handed, sign=-1)
             self._wake.set()
 
@@ -137,7 +158,8 @@ class Feeder:
         Raises:
             StorageUnavailable: The next slices cannot be read; those before are handed out.
         """
-        if (now := time.monotonic()) - self._looked_at >= _LOOK_S:
+        look_s = self._pace(_LOOK_S, _LOOKS_PER_S)
+        if (now := time.monotonic()) - self._looked_at >= look_s:
             self._looked_at, before = now, self._looked_at
             try:
                 backlog = await self._store.list_backlog(now=int(clock.now()))
@@ -146,6 +168,10 @@ class Feeder:
                 raise
             self._backlog = {batch.batch_id: batch for batch in backlog}
             self._forget_the_gone()
+        if (share := self._share()) != self._read_as:
+            # Other parts are its own now, and what it has read is others' to begin with.
+            self._read_as = share
+            self._next.clear()
         lanes = self._lanes
         assert lanes is not None  # noqa: S101
         jobs: list[Job] = []
@@ -154,8 +180,7 @@ class Feeder:
             while batch := next_batch(candidates.values(), self._strides):
                 waiting = await self._read_ahead(batch.batch_id, lanes)
                 # One whose upstream is busy does not hold up those behind it.
-                found = (piece for piece in waiting if lanes.has_room(piece, batch))
-                piece = next(found, None)
+                piece = _first_with_room(waiting, batch, lanes)
                 if piece is None:
                     del candidates[batch.batch_id]
                     if not waiting and not self._aside.get(batch.batch_id):
@@ -180,9 +205,13 @@ class Feeder:
                 aside.add(waiting.popleft().id)
             if waiting:
                 return waiting
-            waiting.extend(await self._read(batch_id, self._share(), aside))
-            if not waiting:
-                waiting.extend(await self._read(batch_id, whole_batch(), aside))
+            part, parts = self._read_as
+            waiting.extend(await self._read(batch_id, (part, parts), aside))
+            if not waiting and parts > 1:
+                # Nobody begins where the others do.
+                pending = await self._read(batch_id, whole_batch(), aside)
+                start = len(pending) * part // parts
+                waiting.extend(pending[start:] + pending[:start])
             if not waiting:
                 return waiting
 
@@ -190,13 +219,13 @@ class Feeder:
         self, batch_id: BatchId, share: tuple[int, int], aside: set[SliceId]
     ) -> list[Slice]:
         """The next slices of a part of a batch, without those that are known."""
+        # Those that are taken in meanwhile may still be among what is read.
+        known = aside | self._handed.keys()
         handed = sum(piece.batch_id == batch_id for piece, _ in self._handed.values())
         pending = await self._store.list_pending(
             batch_id, limit=_AHEAD + handed + len(aside), share=share
         )
-        return [
-            piece for piece in pending if piece.id not in self._handed and piece.id not in aside
-        ]
+        return [piece for piece in pending if piece.id not in known]
 
     def _charge(self, batch: Backlog, piece: Slice) -> None:
         had = self._strides.get(batch.project_id, 0.0)

@@ -340,10 +340,12 @@ class Lifecycle:
                 batch.id, status, now=int(clock.now()), change=change
             )
         except _Gap as gap:
+            await self._drop(written)
+            if (await self._store.get_batch(batch.id)).status in FINAL:
+                return True  # another process has ended it, and deleted its replies
             _log.error(
                 "Kept replies are damaged; their lines are sent again.", slices=gap.slices
             )
-            await self._drop(written)
             await self._store.reopen_slices(gap.slices)
             self._feed()
             return False

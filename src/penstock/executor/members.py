@@ -1,6 +1,7 @@
 """The workers of a cluster, as one of them knows them."""
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 
 import structlog
@@ -10,6 +11,11 @@ from penstock.errors import StorageUnavailable
 from penstock.store.base import Store
 
 _log = structlog.get_logger()
+
+Pace = Callable[[float, float], float]
+"""Says how long to wait between two rounds of what each worker does, in seconds: at least the
+first number, and so long that all workers together do it no more often than the second number
+a second."""
 
 _EVERY_S = 2.0
 _DEAD_S = 10.0
@@ -26,6 +32,17 @@ def share_of(worker_id: str, others: list[str]) -> tuple[int, int]:
     return everyone.index(worker_id), len(everyone)
 
 
+def alone(least_s: float, most_per_s: float) -> float:
+    """The pace of a worker that shares its store with no other."""
+    del most_per_s
+    return least_s
+
+
+def pace_of(workers: int, least_s: float, most_per_s: float) -> float:
+    """The pace of one of so many workers, as `Pace` says."""
+    return max(least_s, workers / most_per_s)
+
+
 class Members:
     """Says that this worker lives, and knows who else does."""
 
@@ -38,6 +55,10 @@ class Members:
     def share(self) -> tuple[int, int]:
         """Which part of each batch this worker begins with, and of how many parts."""
         return self._share
+
+    def pace(self, least_s: float, most_per_s: float) -> float:
+        """How long this worker waits between two rounds, as `Pace` says."""
+        return pace_of(self._share[1], least_s, most_per_s)
 
     async def join(self) -> None:
         """Say that it lives, and look who else does.

@@ -12,6 +12,7 @@ submits it only if there is none. So no job is paid twice, wherever the process 
 
 import asyncio
 import random
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -60,6 +61,9 @@ _log = structlog.get_logger()
 _T = TypeVar("_T")
 
 _AGAIN_S = 1.0
+_AT_ONCE = 2
+"""How many jobs are submitted to an upstream, or their results fetched, at the same time."""
+_HEAVY = (NativeRunStatus.WAITING, NativeRunStatus.COLLECTING)
 _DOUBLINGS = 64
 """More of them than any wait needs, and few enough for a float."""
 _CLEAN_UP_S = 60.0
@@ -173,6 +177,9 @@ class NativeRunner:
         self._feed = feed
         self._stop_grace_s = stop_grace_s
         self._is_stopping = False
+        self._places: defaultdict[str, asyncio.Semaphore] = defaultdict(
+            lambda: asyncio.Semaphore(_AT_ONCE)
+        )
         self._deadlines: set[asyncio.Timeout] = set()
         self._steps: Mapping[
             NativeRunStatus, Callable[[NativeRun, _Scene], Awaitable[NativeRun]]
@@ -207,19 +214,42 @@ class NativeRunner:
 
     async def _advance(self, run_id: NativeRunId) -> None:
         while not self._is_stopping:
-            run = await self._until_stored(lambda: self._store.get_native_run(run_id))
-            if run.due_at is None:
-                return
-            if run.due_at > clock.now():
-                job = Job(kind=JobKind.NATIVE, id=run.id, due_at=run.due_at)
-                await self._engine.enqueue([job])
-                return
-            batch = await self._get_batch(run)
-            route = self._routes.get(run.upstream)
-            if route is None or route.native is None:
-                await self._without_upstream(run, batch)
+            run = await self._get_run(run_id)
+            if run.status not in _HEAVY:
+                goes_on = await self._step(run)
             else:
-                await self._steps[run.status](run, _Scene(batch, route.native))
+                async with self._places[run.upstream]:
+                    # Much may have happened to it while it waited for its place.
+                    goes_on = await self._step(await self._get_run(run_id))
+            if not goes_on:
+                return
+
+    async def _step(self, run: NativeRun) -> bool:
+        """Take a run one step further, if it is time.
+
+        Returns:
+            Whether to look at it again at once.
+        """
+        if run.due_at is None or self._is_stopping:
+            return False
+        if run.due_at > clock.now():
+            job = Job(kind=JobKind.NATIVE, id=run.id, due_at=run.due_at)
+            await self._engine.enqueue([job])
+            return False
+        batch = await self._get_batch(run)
+        route = self._routes.get(run.upstream)
+        if route is None or route.native is None:
+            await self._without_upstream(run, batch)
+            return True
+        scene = _Scene(batch, route.native)
+        try:
+            await self._steps[run.status](run, scene)
+        except NotFound as error:  # somebody took the input file
+            await self._again(await self._get_run(run.id), scene, error)
+        return True
+
+    async def _get_run(self, run_id: NativeRunId) -> NativeRun:
+        return await self._until_stored(lambda: self._store.get_native_run(run_id))
 
     async def _get_batch(self, run: NativeRun) -> Batch:
         return await self._until_stored(lambda: self._store.get_batch(run.batch_id))

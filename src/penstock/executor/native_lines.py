@@ -94,19 +94,24 @@ class Records:
         self.bytes = 0
         """Of all of them, with a line end each."""
         self.is_whole = False
-        """Whether all were given out: before that, the provider cannot have taken the job."""
+        """Whether the last one was given out: before that, the provider cannot have taken the
+        job."""
 
     async def measure(self) -> None:
         """Find out how many there are: a provider wants to know before it is sent them."""
+        self.count = self.bytes = 0
         async for record in self._iterate():
             self.count += 1
             self.bytes += len(record) + 1
 
     async def read(self) -> AsyncGenerator[bytes]:
         """All of them, in order, but those of lines that cannot be translated."""
+        given_out = 0
         async for record in self._iterate():
+            given_out += 1
+            # Before it is handed over: who knows their number need not ask for more.
+            self.is_whole = given_out >= self.count
             yield record
-        self.is_whole = True
 
     async def _iterate(self) -> AsyncGenerator[bytes]:
         for piece in self._slices:

@@ -1,7 +1,9 @@
 """Upkeep: what a dead process left behind, and what has had its time."""
 
 import asyncio
+import random
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import structlog
@@ -11,6 +13,8 @@ from penstock.blobs.base import Blobs
 from penstock.blobs.segments import Segments
 from penstock.engine.base import Engine
 from penstock.errors import Conflict, NotFound, StorageUnavailable
+from penstock.executor.members import Pace, alone
+from penstock.executor.sweep import Sweeper, next_sweep
 from penstock.model import (
     KEY_LIFE_S,
     BatchStatus,
@@ -27,6 +31,8 @@ _log = structlog.get_logger()
 _EVERY_S = 60.0
 _LOOK_EVERY_S = 2.0
 _LOOK_AT_RUNS_S = 30.0
+_LOOKS_PER_S = 2.0
+"""How often all workers together look, at most."""
 _REMEMBER_S = 30 * 86400
 """How long deliveries and uploads are listed after they have ended."""
 _AT_ONCE = 100
@@ -50,32 +56,10 @@ async def recover(
     """
     running = await store.recover_slices()
     batches = await _enqueue_unfinished(store, engine)
-    await _sweep(store=store, blobs=blobs, segments=segments)
+    await engine.enqueue(await store.recover_native_runs(due_at=clock.now() + find_after_s))
+    await Sweeper(store=store, blobs=blobs, segments=segments).delete_unnamed()
     if batches:
         _log.info("Going on where it stopped.", batches=batches, slices=running)
-
-
-async def find_lost_work(*, store: Store, engine: Engine, every_s: float) -> None:
-    """See to it that no work of a cluster is lost with the process that had it, until
-    cancelled.
-
-    Slices whose leases have ended become pending again. Every batch that is not final gets
-    its jobs anew, should the engine have lost them.
-
-    Args:
-        every_s: How long after its process a job may lie.
-    """
-    looked_at = float("-inf")
-    while True:
-        try:
-            if released := await store.release_slices(now=clock.now()):
-                _log.warning("Workers are gone; their slices are handed on.", slices=released)
-            if time.monotonic() - looked_at >= every_s:
-                await _enqueue_unfinished(store, engine)
-                looked_at = time.monotonic()
-        except StorageUnavailable as error:
-            _log.warning("Lost work cannot be looked for for now.", error=str(error))
-        await asyncio.sleep(_LOOK_EVERY_S)
 
 
 async def _enqueue_unfinished(store: Store, engine: Engine) -> int:
@@ -96,27 +80,50 @@ async def _enqueue_unfinished(store: Store, engine: Engine) -> int:
     return len(unfinished)
 
 
-async def _sweep(*, store: Store, blobs: Blobs, segments: Segments) -> None:
-    """Delete bytes that nothing names: of files whose publishing was cut off."""
-    keys: list[str] = []
-    for prefix in ("files", "parts"):
-        async for key in blobs.iter_keys(prefix):
-            keys.append(key)
-            if len(keys) >= _AT_ONCE:
-                await _delete_unused(store, blobs, keys)
-                keys = []
-    await _delete_unused(store, blobs, keys)
-    kept = await asyncio.to_thread(segments.batches)
-    # Asked for afterwards: a batch that begins meanwhile must not look as if it had ended.
-    unfinished = {batch.id for batch in await store.list_unfinished()}
-    for batch_id in kept:
-        if batch_id not in unfinished:
-            await asyncio.to_thread(segments.delete, batch_id)
+async def find_lost_work(
+    *, store: Store, engine: Engine, lease_s: float, is_first: Callable[[], bool]
+) -> None:
+    """See to it that no work of a cluster is lost with the process that had it, until
+    cancelled.
+
+    Slices whose leases have ended become pending again, if the database has answered for as
+    long as a lease. Jobs that batches wait for are
+    enqueued anew, should the engine have lost them. One worker of all looks often; the others
+    seldom, for the case that it does not.
+
+    Args:
+        lease_s: How long a slice stays with a worker that gives no sign of life.
+        is_first: Whether this worker is the one that looks often.
+    """
+    looked_at = float("-inf")
+    answers_since = time.monotonic()
+    while True:
+        try:
+            await store.read_clock()
+            # When the database was away, those who live extend their leases first.
+            if time.monotonic() - answers_since >= lease_s:
+                await _hand_on(store)
+            if is_first() and time.monotonic() - looked_at >= lease_s:
+                await _enqueue_lost(store, engine)
+                looked_at = time.monotonic()
+        except StorageUnavailable as error:
+            _log.warning("Lost work cannot be looked for for now.", error=str(error))
+            answers_since = time.monotonic()
+        # As often as leases are extended: whatever hinders that is noticed here as well.
+        every_s = lease_s / 3
+        await asyncio.sleep(min(_LOOK_EVERY_S, every_s) if is_first() else every_s)
 
 
-async def _delete_unused(store: Store, blobs: Blobs, keys: list[str]) -> None:
-    if keys:
-        await blobs.delete(list(await store.unused_blobs(keys)))
+async def _hand_on(store: Store) -> None:
+    if released := await store.release_slices(now=clock.now()):
+        _log.warning("Workers are gone; their slices are handed on.", slices=released)
+
+
+async def _enqueue_lost(store: Store, engine: Engine) -> None:
+    now = clock.now()
+    await engine.enqueue(await store.list_lost_jobs(now=now))
+    await engine.enqueue(await store.list_due_deliveries(until=None))
+    await engine.enqueue([next_sweep(now)])
 
 
 async def keep_up(*, store: Store, blobs: Blobs) -> None:
@@ -139,14 +146,20 @@ async def keep_up(*, store: Store, blobs: Blobs) -> None:
         await asyncio.sleep(_EVERY_S)
 
 
-async def watch_deliveries(*, store: Store, engine: Engine) -> None:
-    """Look every 2 s for events that are due, until cancelled.
+async def _pause(pace: Pace) -> None:
+    """Wait until the next look, and not in step with other workers."""
+    await asyncio.sleep(pace(_LOOK_EVERY_S, _LOOKS_PER_S) * random.uniform(0.75, 1.25))
+
+
+async def watch_deliveries(*, store: Store, engine: Engine, pace: Pace = alone) -> None:
+    """Look every 2 s, or one of several workers does, for events that are due, until
+    cancelled.
 
     The engine knows of those that came about in this process. Others are made due from
     outside, by `penstock webhooks replay`.
     """
     while True:
-        await asyncio.sleep(_LOOK_EVERY_S)
+        await _pause(pace)
         try:
             await engine.enqueue(await store.list_due_deliveries(until=clock.now()))
         except StorageUnavailable as error:
@@ -168,7 +181,8 @@ async def _end_upload(store: Store, blobs: Blobs, upload: Upload) -> None:
     with suppress(Conflict):  # it has ended otherwise
         await store.end_upload(upload.id, UploadStatus.EXPIRED, now=int(clock.now()))
         keys = [key async for key in blobs.iter_keys(f"parts/{upload.id}")]
-        await _delete_unused(store, blobs, keys)
+        if keys:
+            await blobs.delete(list(await store.unused_blobs(keys)))
 
 
 async def _delete_file(store: Store, blobs: Blobs, file: File) -> None:

@@ -20,6 +20,7 @@ from penstock.executor.admission import Admission, AdmissionPolicy
 from penstock.executor.group import GroupCommit
 from penstock.executor.keeper import AGAIN_S, Keeper, explain
 from penstock.executor.lanes import Lane, Queued
+from penstock.executor.members import Pace, alone
 from penstock.executor.order import by_prefix
 from penstock.executor.replies import reply_line
 from penstock.executor.waiting import Waiting, flow_of
@@ -38,6 +39,8 @@ _MOST_WAITING = 100_000
 """Of how many slices it is remembered at most what they wait for."""
 _PROGRESS_S = 0.5
 """How often the counts of running slices go to the store."""
+_PROGRESS_PER_S = 50.0
+"""How often all workers together send theirs, at most."""
 _LOAD_S = 0.5
 """How often an engine is asked for its load while it has work."""
 _LOAD_PATIENCE_S = 2.0
@@ -183,7 +186,8 @@ class Worker:
     Args:
         wants_more: Called when a lane is short of lines.
         took: Called with the ID of a slice once its lines are in the lanes, or when it turns
-            out that they never will be.
+            out that they never will be, and with whether they are.
+        pace: How often each of several workers tells of its progress.
     """
 
     def __init__(
@@ -198,7 +202,8 @@ class Worker:
         metrics: Metrics,
         options: WorkerOptions,
         wants_more: Callable[[], None],
-        took: Callable[[str], None],
+        took: Callable[[str, bool], None],
+        pace: Pace = alone,
     ) -> None:
         self._store = store
         self._blobs = blobs
@@ -209,6 +214,7 @@ class Worker:
         self._options = options
         self._wants_more = wants_more
         self._took = took
+        self._pace = pace
         self._gate = asyncio.Event()
         self._gate.set()
         self._stopping = asyncio.Event()
@@ -325,10 +331,11 @@ class Worker:
             name: The slice's ID.
             stop: Set when its batch was cancelled.
         """
+        held = None
         try:
             held = await self._take(SliceId(name))
         finally:
-            self._took(name)
+            self._took(name, held is not None)
         if held is None:
             return
         try:
@@ -495,7 +502,8 @@ class Worker:
         """Tell the store of progress, and extend all leases in good time."""
         extended_at = time.monotonic()
         while True:
-            await asyncio.sleep(_PROGRESS_S)
+            pace_s = self._pace(_PROGRESS_S, _PROGRESS_PER_S)
+            await asyncio.sleep(min(pace_s, self._options.lease_s / 6))
             is_due = time.monotonic() - extended_at > self._options.lease_s / 3
             reports: list[SliceReport] = []
             for held in self._held.values():

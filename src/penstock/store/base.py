@@ -667,6 +667,19 @@ class Store(Protocol):
         """
         ...
 
+    # Upkeep
+
+    async def list_lost_jobs(self, *, now: float) -> list[Job]:
+        """What batches wait for that the engine should know of: `validate` of those that were
+        not read yet, `finalize` of those that are cancelled, past their window, or without a
+        slice that is to be run. The oldest first.
+        """
+        ...
+
+    async def forget_final_slices(self) -> None:
+        """Delete the slices of all final batches: of those that nobody came to forget."""
+        ...
+
     # Segments that are objects
 
     async def add_segment_objects(self, objects: Sequence[SegmentObject]) -> set[SliceId]:

@@ -6,9 +6,10 @@ On SQLite one transaction writes at a time, so there is nothing to lock: `lock_r
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
+    ARRAY,
     ColumnElement,
     Connection,
     Dialect,
@@ -20,18 +21,24 @@ from sqlalchemy import (
     func,
     select,
 )
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine
 
+if TYPE_CHECKING:
+    from sqlalchemy.dialects import postgresql
+
 POSTGRESQL = "postgresql"
 
 
-def upsert(db: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:
+def upsert(db: Connection, table: Table) -> "sqlite.Insert | postgresql.Insert":
     """An insert that takes `on_conflict_do_update`."""
     if db.dialect.name == POSTGRESQL:
+        # Costs a tenth of a second and some memory, which one process alone need not spend.
+        from sqlalchemy.dialects import postgresql  # noqa: PLC0415
+
         return postgresql.insert(table)
     return sqlite.insert(table)
 
@@ -69,7 +76,7 @@ class _Texts(TypeDecorator[Sequence[str]]):
     cache_ok = True
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        return dialect.type_descriptor(postgresql.ARRAY(Text()))
+        return dialect.type_descriptor(ARRAY(Text()))
 
     def process_bind_param(self, value: Sequence[str] | None, dialect: Dialect) -> list[str]:
         return [str(text) for text in value or ()]

@@ -80,6 +80,7 @@ from penstock.store.rows import (
 from penstock.store.sql_budgets import BudgetStore
 from penstock.store.sql_natives import NativeStore, native_job
 from penstock.store.sql_segments import SegmentStore
+from penstock.store.sql_upkeep import FORGET_ALL_FINAL, UpkeepStore, has_slices
 from penstock.store.sql_uploads import UploadStore
 from penstock.store.sql_webhooks import WebhookStore, add_deliveries
 from penstock.store.sql_workers import WorkerStore
@@ -101,7 +102,15 @@ _UNFINISHED = [status for status in BatchStatus if status not in FINAL]
 _CLAIMABLE = [BatchStatus.IN_PROGRESS, BatchStatus.FINALIZING]
 
 
-class SqlStore(UploadStore, WebhookStore, SegmentStore, WorkerStore, BudgetStore, NativeStore):
+class SqlStore(
+    UploadStore,
+    WebhookStore,
+    SegmentStore,
+    UpkeepStore,
+    WorkerStore,
+    BudgetStore,
+    NativeStore,
+):
     """A `Store` in an SQL database.
 
     Args:
@@ -443,7 +452,7 @@ class SqlStore(UploadStore, WebhookStore, SegmentStore, WorkerStore, BudgetStore
 
     async def recover_slices(self) -> int:
         def work(db: Connection) -> int:
-            db.execute(_FORGET_ALL_FINAL)
+            db.execute(FORGET_ALL_FINAL)
             return db.execute(_RECOVER_SLICES).rowcount
 
         return await self._write(work, durable=False)
@@ -529,14 +538,6 @@ _LIST_UNFINISHED = _BATCHES.where(batches.c.status.in_(_UNFINISHED)).order_by(ba
 _LOCK_BATCH = select(batches.c.status).where(batches.c.id == bindparam("id")).with_for_update()
 
 
-def _has_slices(status: SliceStatus, *conditions: ColumnElement[bool]) -> ColumnElement[bool]:
-    return (
-        exists()
-        .where(slices.c.batch_id == batches.c.id, slices.c.status == status, *conditions)
-        .correlate(batches)
-    )
-
-
 _LIST_BACKLOG = (
     select(
         batches.c.id.label("batch_id"),
@@ -550,7 +551,7 @@ _LIST_BACKLOG = (
     .where(
         batches.c.status.in_(_CLAIMABLE),
         batches.c.expires_at > bindparam("now"),
-        _has_slices(SliceStatus.PENDING, slices.c.native_run.is_(None)),
+        has_slices(SliceStatus.PENDING, slices.c.native_run.is_(None)),
     )
     .order_by(batches.c.expires_at, batches.c.seq)
 )
@@ -683,8 +684,8 @@ _LEFT_OVER = select(
     batches.c.id,
     batches.c.status,
     batches.c.expires_at,
-    _has_slices(SliceStatus.PENDING).label("has_pending"),
-    _has_slices(SliceStatus.RUNNING).label("has_running"),
+    has_slices(SliceStatus.PENDING).label("has_pending"),
+    has_slices(SliceStatus.RUNNING).label("has_running"),
 ).where(is_one_of(batches.c.id, "ids"))
 
 _REOPEN_SLICES = (
@@ -706,10 +707,6 @@ _LATE_SLICES = (
 )
 
 _RELEASE_SLICES = update(slices).where(_IS_ONE_OF_THEM).values(_GIVEN_BACK)
-
-_FORGET_ALL_FINAL = delete(slices).where(
-    exists().where(batches.c.id == slices.c.batch_id, batches.c.status.in_(FINAL))
-)
 
 _FORGET_SLICES = delete(slices).where(
     slices.c.batch_id == bindparam("batch_id"),

@@ -34,12 +34,16 @@ class BudgetStore(SqlTransactions):
 def _lease(
     db: Connection, worker_id: str, request: BudgetRequest, *, lease_s: float, now: float
 ) -> Budget:
-    """Renew one part, with the upstream's row locked."""
+    """Renew one part, with the upstream's row locked.
+
+    All workers queue for that row, so as little is asked of the database as can be.
+    """
     told = _lock_and_tell(db, request)
-    # Deleted and not only passed over: if a clock were set back, they would be in force again.
-    db.execute(_FORGET_ENDED, {"upstream": request.upstream, "now": now})
-    rows = db.execute(_LEASES, {"upstream": request.upstream}).mappings()
-    claims = {row["worker_id"]: _claim_of(row) for row in rows}
+    rows = db.execute(_LEASES, {"upstream": request.upstream}).mappings().all()
+    if any(row["expires_at"] <= now for row in rows):
+        # Not only passed over: if a clock were set back, they would be in force again.
+        db.execute(_FORGET_ENDED, {"upstream": request.upstream, "now": now})
+    claims = {row["worker_id"]: _claim_of(row) for row in rows if row["expires_at"] > now}
     held = claims.pop(worker_id, None)
     decision = decide_part(
         Part(
@@ -79,8 +83,10 @@ def _lease(
 def _lock_and_tell(db: Connection, request: BudgetRequest) -> dict[str, float | None]:
     """Lock an upstream's row, add what is new, and read what all are to hear."""
     key = {"upstream": request.upstream}
-    db.execute(upsert(db, budgets).values(key).on_conflict_do_nothing())
-    row = db.execute(_LOCK_BUDGET, key).mappings().one()
+    row = db.execute(_LOCK_BUDGET, key).mappings().first()
+    if row is None:
+        db.execute(upsert(db, budgets).values(key).on_conflict_do_nothing())
+        row = db.execute(_LOCK_BUDGET, key).mappings().one()
     told = {
         "refused_at": _latest(row["refused_at"], request.refused_at),
         "held_until": _latest(row["held_until"], request.held_until),

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Protocol
 
@@ -314,3 +315,14 @@ class BlobContract:
             "files/deep/c",
         ]
         assert [key async for key in blobs.iter_keys("nothing")] == []
+
+    async def test_keys_are_told_by_age(self, blobs: Blobs, raw: RawBlobs) -> None:
+        raw.set("files/a", b"abc")
+        now = time.time()
+
+        async def count(written_before: float) -> int:
+            keys = blobs.iter_keys("files", written_before=written_before)
+            return len([key async for key in keys])
+
+        assert await count(now - 60) == 0
+        assert await count(now + 60) == 1

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from penstock.model import BatchId, BatchStatus, SliceStatus, Usage
+from penstock.model import BatchId, BatchStatus, Job, JobKind, SliceStatus, Usage
 from penstock.store.base import ClaimedSlice, SliceTally, Store
 from penstock.testing.store import (
     ALICE,
@@ -553,3 +553,42 @@ class SliceContract:
         second = await store.read_clock()
 
         assert NOON < first <= second < first + 60
+
+    # Upkeep
+
+    async def test_work_that_an_engine_may_have_lost_is_found(self, store: Store) -> None:
+        await add_batch(store, "batch-new")
+        await start(store, 3, "batch-under-way")
+        await start(store, 3, "batch-run")
+        await claim(store, ids_of(0, 1, 2, batch="batch-run"))
+        await start(store, 1, "batch-done")
+        [only] = await claim(store, ids_of(0, batch="batch-done"))
+        await report(store, ended(only))
+        await start(store, 3, "batch-cancelled")
+        await move(store, BatchStatus.CANCELLING, name="batch-cancelled")
+        await start(store, 1, "batch-over")
+        await move(store, BatchStatus.FINALIZING, BatchStatus.COMPLETED, name="batch-over")
+        new = Job(kind=JobKind.VALIDATE, id="batch-new")
+
+        assert await store.list_lost_jobs(now=CLOSE - 1) == [
+            new,
+            finalize("batch-done"),
+            finalize("batch-cancelled"),
+        ]
+        assert await store.list_lost_jobs(now=CLOSE) == [
+            new,
+            finalize("batch-under-way"),
+            finalize("batch-run"),
+            finalize("batch-done"),
+            finalize("batch-cancelled"),
+        ]
+
+    async def test_slices_that_nobody_came_to_forget_are_forgotten(self, store: Store) -> None:
+        await start(store, 3, "batch-1")
+        await start(store, 3, "batch-2")
+        await move(store, BatchStatus.FINALIZING, BatchStatus.COMPLETED)
+
+        await store.forget_final_slices()
+
+        assert await store.get_slices(BatchId("batch-1")) == []
+        assert len(await store.get_slices(BatchId("batch-2"))) == 3

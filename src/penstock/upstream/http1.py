@@ -63,6 +63,9 @@ class Http1Transport:
         self._idle: dict[Connection, float] = {}
         """Since when each has been idle, the longest one first."""
         self._busy: set[Connection] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """The one that it lives on, once it is known; asking for it each time costs a system
+        call."""
         self._look: asyncio.TimerHandle | None = None
         self._is_closed = False
 
@@ -89,7 +92,9 @@ class Http1Transport:
     async def _exchange(self, head: bytes, body: bytes) -> Answer:
         if self._is_closed:
             raise cut_off("it was closed on this side")
-        loop = asyncio.get_running_loop()
+        loop = self._loop
+        if loop is None:
+            loop = self._loop = asyncio.get_running_loop()
         now = loop.time()
         deadline = now + self._timeout_s
         connection = self._take_idle(now) or await self._connect(loop)
@@ -137,7 +142,8 @@ class Http1Transport:
         if self._is_closed or len(self._idle) >= self._max_idle:
             connection.drop()
         else:
-            self._idle[connection] = asyncio.get_running_loop().time()
+            assert self._loop is not None  # noqa: S101  (it has sent something)
+            self._idle[connection] = self._loop.time()
 
     def forget(self, connection: "Connection") -> None:
         """Never use a connection again: it has ended."""

@@ -18,18 +18,20 @@ class Kind:
     """What people call it."""
     batches: str | None = None
     """Which adapter speaks to its batch API; None: it has none."""
-    headers: frozenset[str] = frozenset()
-    """Which `x-tfy-...` headers of a client its adapter reads, as `NativeJob.parameters`."""
     form: str | None = None
     """Which form its bodies have; None: OpenAI's."""
-    request_headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
     """What each request needs beside the key."""
     key_header: str | None = None
     """Which header holds the key; None: `Authorization`, as a bearer token."""
-    needs_account: bool = False
-    """Whether its batch API must be told the ID of an account."""
     streams: bool = True
     """Whether answers may be asked for piece by piece, as OpenAI or Anthropic give them."""
+    client_headers: frozenset[str] = frozenset()
+    """Which `x-tfy-...` headers of a client its adapter reads, as `NativeJob.parameters`."""
+    needs: tuple[str, ...] = ()
+    """Which settings of an upstream its adapter cannot do without."""
+    takes: tuple[str, ...] = ()
+    """Which others it reads, that other kinds do not have."""
 
 
 KINDS: dict[str, Kind] = {
@@ -38,7 +40,7 @@ KINDS: dict[str, Kind] = {
     "azure": Kind(
         title="Azure OpenAI",
         batches="openai",
-        headers=frozenset({"x-tfy-azure-api-version"}),
+        client_headers=frozenset({"x-tfy-azure-api-version"}),
         key_header="api-key",
     ),
     "groq": Kind(title="Groq", batches="openai"),
@@ -46,9 +48,9 @@ KINDS: dict[str, Kind] = {
         title="Anthropic",
         batches="anthropic",
         form="anthropic",
-        request_headers={"anthropic-version": API_VERSION},
+        headers={"anthropic-version": API_VERSION},
     ),
-    "fireworks": Kind(title="Fireworks AI", batches="fireworks", needs_account=True),
+    "fireworks": Kind(title="Fireworks AI", batches="fireworks", needs=("account",)),
     "gemini": Kind(
         title="Google's Gemini API",
         batches="gemini",
@@ -58,5 +60,27 @@ KINDS: dict[str, Kind] = {
     ),
     "mistral": Kind(title="Mistral", batches="mistral", form="mistral", streams=False),
     "together": Kind(title="Together AI", batches="openai"),
+    "bedrock": Kind(
+        title="Amazon Bedrock",
+        batches="bedrock",
+        client_headers=frozenset(
+            {"x-tfy-aws-s3-bucket", "x-tfy-aws-bedrock-model", "x-tfy-provider-model"}
+        ),
+        needs=("region", "batch_storage", "role_arn"),
+        takes=("batch_url", "batch_storage_url"),
+    ),
+    "vertex": Kind(
+        title="Gemini at Vertex AI",
+        batches="vertex",
+        client_headers=frozenset(
+            {
+                "x-tfy-vertex-storage-bucket-name",
+                "x-tfy-vertex-region",
+                "x-tfy-provider-model",
+            }
+        ),
+        needs=("region", "batch_storage", "google_project"),
+        takes=("service_account", "batch_url", "batch_storage_url"),
+    ),
 }
 """By name."""

@@ -263,7 +263,8 @@ class OpenAIBatchUpstream:
                 "POST",
                 self._at(job, "/batches"),
                 json=body,
-                headers={"Idempotency-Key": job.key},
+                # The file makes it another request, with the same key or not.
+                headers={"Idempotency-Key": f"{job.key}-{file_id}"},
             )
         except NoConnection as error:
             raise JobNotTaken(str(error)) from error
@@ -487,9 +488,10 @@ class _Batch(msgspec.Struct):
     created_at: float | str = 0.0
     """Unix seconds, but with some a date, which is not needed."""
     errors: _Faults | None = None
+    error: Any = None
+    """What some say in place of `errors`: a sentence."""
     request_counts: _Counts | None = None
     metadata: dict[str, Any] | None = None
-    error: Any = None
 
     @property
     def told_error(self) -> str:

@@ -52,6 +52,8 @@ class ProviderAnswer:
     retry_after_s: float | None
     upload_url: str | None = None
     """Where Google wants a file to be sent, as a header of its own says."""
+    error_type: str = ""
+    """The name of an error, where a provider tells it in `x-amzn-errortype`."""
 
     @property
     def is_success(self) -> bool:
@@ -70,6 +72,7 @@ class ProviderHttp:
         base_url: To which paths are added.
         headers: Sent with each request; what they hold is never told.
         secrets: What is blotted out where a provider sends it back.
+        is_versioned: Whether a `base_url` without a path means the one with `/v1`.
 
     Raises:
         InvalidSettings: `base_url` is not an HTTP URL, or a header cannot be sent.
@@ -82,13 +85,17 @@ class ProviderHttp:
         base_url: str,
         headers: Mapping[str, str],
         secrets: tuple[str, ...] = (),
+        is_versioned: bool = True,
         connect_timeout_s: float = 10.0,
         call_timeout_s: float = _CALL_S,
         transfer_timeout_s: float = _TRANSFER_S,
     ) -> None:
         base = parse_base_url(name, base_url)
         self._name = name
-        self._base = str(base).rstrip("/")
+        if not is_versioned and not Url(base_url.strip()).path.rstrip("/"):
+            base = base.with_path("/")
+        self.base = str(base).rstrip("/")
+        """To which paths are added, without a slash at its end."""
         self._secrets = [secret for secret in secrets if secret]
         self._call_s = timedelta(seconds=call_timeout_s)
         self._transfer_s = timedelta(seconds=transfer_timeout_s)
@@ -319,7 +326,7 @@ class ProviderHttp:
             await self._client.close()
 
     def _request(self, method: str, path: str) -> RequestBuilder:
-        url = path if path.startswith(("http://", "https://")) else self._base + path
+        url = path if path.startswith(("http://", "https://")) else self.base + path
         return self._client.request(method, Url(url))
 
     async def _exchange(self, request: RequestBuilder) -> ProviderAnswer:
@@ -341,6 +348,7 @@ class ProviderHttp:
             body=body,
             retry_after_s=parse_retry_after(retry_after, in_ms, now=time.time()),
             upload_url=_header(response, "x-goog-upload-url"),
+            error_type=(_header(response, "x-amzn-errortype") or "").partition(":")[0],
         )
 
     def _down(self, error: RequestError) -> UpstreamDown:
@@ -383,12 +391,14 @@ class _Error(msgspec.Struct):
 
 
 class _ErrorBody(msgspec.Struct):
-    error: _Error
+    error: _Error | None = None
+    message: str | None = None
 
 
 def _error_message(body: bytes) -> str | None:
-    """What stands in `error.message`, where nearly all providers have it."""
+    """What stands in `error.message`, where nearly all providers have it, or in `message`."""
     try:
-        return msgspec.json.decode(body, type=_ErrorBody).error.message
+        found = msgspec.json.decode(body, type=_ErrorBody)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
+    return found.error.message if found.error is not None else found.message
