@@ -20,7 +20,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -66,12 +66,15 @@ from penstock.uploads import Uploads
 from penstock.upstream.anthropic_batch import AnthropicBatchUpstream
 from penstock.upstream.base import BatchUpstream, LineUpstream
 from penstock.upstream.bedrock_batch import BedrockBatchUpstream
+from penstock.upstream.fireworks_batch import FireworksBatchUpstream
+from penstock.upstream.gemini_batch import GeminiBatchUpstream
 from penstock.upstream.kinds import KINDS
+from penstock.upstream.mistral_batch import MistralBatchUpstream
 from penstock.upstream.openai_batch import DIALECTS, OpenAIBatchUpstream
 from penstock.upstream.openai_http import OpenAIHttpUpstream
 from penstock.upstream.routes import NativeUse, Route, Routes
-from penstock.upstream.translated import TranslatedUpstream
-from penstock.upstream.translation import anthropic
+from penstock.upstream.translated import Locate, TranslatedUpstream
+from penstock.upstream.translation import anthropic, gemini, mistral
 from penstock.upstream.translation.base import Translation
 from penstock.upstream.vertex_batch import VertexBatchUpstream
 from penstock.upstream.webhook import WebhookTarget
@@ -550,14 +553,19 @@ def _make_upstream(upstream: Upstream) -> LineUpstream:
         silence_timeout_s=upstream.silence_timeout_s,
         streams=upstream.stream,
         headers=kind.headers,
+        key_header=kind.key_header,
     )
     if kind.form is None:
         return http
-    translation, endpoint = _FORMS[kind.form]
-    return TranslatedUpstream(http, translation=translation, endpoint=endpoint)
+    translation, locate = _FORMS[kind.form]
+    return TranslatedUpstream(http, translation=translation, locate=locate)
 
 
-_FORMS: dict[str, tuple[Translation, str]] = {"anthropic": (anthropic, anthropic.MESSAGES)}
+_FORMS: dict[str, tuple[Translation, Locate]] = {
+    "anthropic": (anthropic, lambda endpoint, model: anthropic.MESSAGES),
+    "gemini": (gemini, gemini.locate),
+    "mistral": (mistral, mistral.locate),
+}
 """What translates, and where it is sent, by the name that `upstream.kinds` gives it."""
 _BATCH_ADAPTERS: dict[str, Callable[[Upstream], BatchUpstream]] = {
     "openai": lambda upstream: OpenAIBatchUpstream(
@@ -567,12 +575,12 @@ _BATCH_ADAPTERS: dict[str, Callable[[Upstream], BatchUpstream]] = {
         dialect=DIALECTS[upstream.kind],
         connect_timeout_s=upstream.connect_timeout_s,
     ),
-    "anthropic": lambda upstream: AnthropicBatchUpstream(
-        name=upstream.name,
-        base_url=upstream.base_url,
-        api_key=upstream.api_key.get_secret_value() if upstream.api_key else None,
-        connect_timeout_s=upstream.connect_timeout_s,
+    "anthropic": lambda upstream: AnthropicBatchUpstream(**_provider(upstream)),
+    "fireworks": lambda upstream: FireworksBatchUpstream(
+        **_provider(upstream), account=upstream.account or ""
     ),
+    "gemini": lambda upstream: GeminiBatchUpstream(**_provider(upstream)),
+    "mistral": lambda upstream: MistralBatchUpstream(**_provider(upstream)),
     "bedrock": lambda upstream: BedrockBatchUpstream(
         name=upstream.name,
         region=upstream.region or "",
@@ -594,6 +602,16 @@ _BATCH_ADAPTERS: dict[str, Callable[[Upstream], BatchUpstream]] = {
     ),
 }
 """What speaks to batch APIs, by the name that `upstream.kinds` gives it."""
+
+
+def _provider(upstream: Upstream) -> dict[str, Any]:
+    """What all adapters are told."""
+    return {
+        "name": upstream.name,
+        "base_url": upstream.base_url,
+        "api_key": upstream.api_key.get_secret_value() if upstream.api_key else None,
+        "connect_timeout_s": upstream.connect_timeout_s,
+    }
 
 
 def _make_native(upstream: Upstream) -> NativeUse | None:

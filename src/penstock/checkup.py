@@ -157,6 +157,7 @@ async def check_upstream(settings: Upstream) -> Finding:
             request_timeout_s=min(settings.request_timeout_s, 30),
             connect_timeout_s=settings.connect_timeout_s,
             headers=KINDS[settings.kind].headers,
+            key_header=KINDS[settings.kind].key_header,
         )
         try:
             models = await upstream.list_models()

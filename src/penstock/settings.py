@@ -323,6 +323,12 @@ class Upstream(Table):
         _SECRET,
         default=None,
     )
+    account: Label | None = _setting(
+        "The ID of the account at the provider whose batch API it uses; only kind `fireworks` "
+        "has one, and needs it unless `mode` is `lines`.",
+        _LABEL,
+        default=None,
+    )
     region: Text | None = _setting(
         "With a batch API in a cloud, the cloud's region where batches are run, such as "
         "`us-east-1` or `us-central1`.",
@@ -705,6 +711,11 @@ def _check_kinds(settings: Settings, told: Callable[..., str]) -> None:
     special = {name for kind in KINDS.values() for name in (*kind.needs, *kind.takes)}
     for index, upstream in enumerate(settings.upstreams):
         kind = KINDS[upstream.kind]
+        if upstream.stream and not kind.streams:
+            raise InvalidSettings(
+                f"{told('upstreams', index, 'stream')}; it must be false for kind "
+                f"{upstream.kind}, whose streams are not spoken here."
+            )
         for name in sorted(special - {*kind.needs, *kind.takes}):
             if getattr(upstream, name) is not None:
                 raise InvalidSettings(

@@ -52,13 +52,13 @@ def main() -> None:
         "created": plain(created),
         "listed": [job.name for job in batches.list(config={"page_size": 1})],
         "cancelling": plain(batches.get(name=str(other.name))),
-        "names": [created.name, other.name],
+        "ids": [created.name, other.name],
         "refused": [
             fails(lambda: batches.get(name=f"{ended}0")),
             fails(stranger.batches.list),
         ],
     }
-    print(json.dumps({"names": seen["names"]}), flush=True)
+    print(json.dumps({"ids": seen["ids"]}), flush=True)
     sys.stdin.readline()  # until the batch has ended
     seen["ended"] = plain(batches.get(name=ended))
     seen["refused"].append(fails(lambda: batches.cancel(name=ended)))

@@ -159,7 +159,7 @@ def test_the_storage_client_understands_the_variables(
     for name, value in variables.items():
         known = value.replace("http://seaweedfs:8333", s3)
         monkeypatch.setenv(name, "some" if value.startswith("${") else known)
-    client = boto3.client("s3", endpoint_url=s3)
+    client = boto3.session.Session().client("s3", endpoint_url=s3)
     url = environment("worker")["PENSTOCK_STORAGE_URL"]
     [bucket, prefix] = url.removeprefix("s3://").split("/")
     client.create_bucket(Bucket=bucket)

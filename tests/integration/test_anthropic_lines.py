@@ -41,7 +41,9 @@ async def upstream(provider: AnthropicProvider) -> AsyncIterator[TranslatedUpstr
         request_timeout_s=10,
         headers={"anthropic-version": anthropic.API_VERSION},
     )
-    upstream = TranslatedUpstream(http, translation=anthropic, endpoint=anthropic.MESSAGES)
+    upstream = TranslatedUpstream(
+        http, translation=anthropic, locate=lambda endpoint, model: anthropic.MESSAGES
+    )
     yield upstream
     await upstream.close()
 

@@ -592,7 +592,7 @@ def test_settings_that_cannot_be_are_refused(wrong: dict[str, str], told: str) -
 async def test_amazons_own_client_takes_the_fake_for_amazon(
     provider: BedrockProvider, bucket: str, buckets: Buckets
 ) -> None:
-    client: Any = boto3.client(
+    client: Any = boto3.session.Session().client(
         "bedrock",
         region_name=REGION,
         endpoint_url=provider.url,

@@ -62,10 +62,16 @@ def echo(custom_id: str, body: dict[str, Any]) -> tuple[int, Any]:
 
 
 class OpenAIProvider:
-    """The server, on a free port of loopback."""
+    """The server, on a free port of loopback.
 
+    What compatible providers do otherwise, a subclass says (`tests.providers.dialects`).
+    """
+
+    prefix = "/v1"
     upload_path = "/files"
     purpose = "batch"
+    endpoints: tuple[str, ...] = ENDPOINTS
+    windows: tuple[str, ...] = ("24h",)
 
     def __init__(self, *, is_quick: bool = False, behave: Behave = echo) -> None:
         self.behave = behave
@@ -89,20 +95,21 @@ class OpenAIProvider:
         before the answer."""
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
-        self.base_url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/v1"
+        self.base_url = f"http://127.0.0.1:{self._socket.getsockname()[1]}{self.prefix}"
 
     async def __aenter__(self) -> Self:
+        at = self.prefix
         routes = [
-            Route(f"/v1{self.upload_path}", self._upload, methods=["POST"]),
-            Route("/v1/files/{id}", self._get_file, methods=["GET"]),
-            Route("/v1/files/{id}", self._delete_file, methods=["DELETE"]),
-            Route("/v1/files/{id}/content", self._content, methods=["GET"]),
-            Route("/v1/batches", self._create, methods=["POST"]),
-            Route("/v1/batches", self._list, methods=["GET"]),
-            Route("/v1/batches/{id}", self._get, methods=["GET"]),
-            Route("/v1/batches/{id}/cancel", self._cancel, methods=["POST"]),
-            Route("/v1/chat/completions", self._chat, methods=["POST"]),
-            Route("/v1/models", self._models, methods=["GET"]),
+            Route(f"{at}{self.upload_path}", self._upload, methods=["POST"]),
+            Route(f"{at}/files/{{id}}", self._get_file, methods=["GET"]),
+            Route(f"{at}/files/{{id}}", self._delete_file, methods=["DELETE"]),
+            Route(f"{at}/files/{{id}}/content", self._content, methods=["GET"]),
+            Route(f"{at}/batches", self._create, methods=["POST"]),
+            Route(f"{at}/batches", self._list, methods=["GET"]),
+            Route(f"{at}/batches/{{id}}", self._get, methods=["GET"]),
+            Route(f"{at}/batches/{{id}}/cancel", self._cancel, methods=["POST"]),
+            Route(f"{at}/chat/completions", self._chat, methods=["POST"]),
+            Route(f"{at}/models", self._models, methods=["GET"]),
         ]
         config = uvicorn.Config(
             Starlette(routes=routes), log_level="critical", lifespan="off", access_log=False
@@ -119,6 +126,29 @@ class OpenAIProvider:
         self._server.force_exit = True
         await self._task
         self._socket.close()
+
+    # What a compatible provider may do otherwise
+
+    def is_let_in(self, request: Request) -> bool:
+        """Whether a request has the key."""
+        return request.headers.get("authorization") == f"Bearer {KEY}"
+
+    def show(self, batch: dict[str, Any]) -> Any:
+        """A batch as it is shown."""
+        return batch
+
+    def show_created(self, batch: dict[str, Any]) -> Any:
+        return self.show(batch)
+
+    def show_page(self, page: list[dict[str, Any]], *, has_more: bool) -> Any:
+        """A page of the list of batches."""
+        return {
+            "object": "list",
+            "data": page,
+            "first_id": page[0]["id"] if page else None,
+            "last_id": page[-1]["id"] if page else None,
+            "has_more": has_more,
+        }
 
     # What tests do
 
@@ -176,24 +206,6 @@ class OpenAIProvider:
             if lines:
                 batch[name] = self._add_file(b"".join(lines), "batch_output", "out.jsonl")
 
-    # How things look
-
-    def show(self, batch: dict[str, Any]) -> Any:
-        return batch
-
-    def show_new(self, batch: dict[str, Any]) -> Any:
-        """The answer to the creation of a batch."""
-        return self.show(batch)
-
-    def show_list(self, page: list[dict[str, Any]], *, has_more: bool) -> Any:
-        return {
-            "object": "list",
-            "data": [self.show(batch) for batch in page],
-            "first_id": page[0]["id"] if page else None,
-            "last_id": page[-1]["id"] if page else None,
-            "has_more": has_more,
-        }
-
     # The routes
 
     async def _serve(
@@ -204,7 +216,7 @@ class OpenAIProvider:
             self.on_call(f"before {route}")
         waiting = self.troubles.get(route)
         trouble = waiting.pop(0) if waiting else Trouble()
-        if request.headers.get("authorization") != f"Bearer {KEY}":
+        if not self.is_let_in(request):
             return _error(401, f"Incorrect API key: {request.headers.get('authorization')}.")
         if self.is_down:
             return _error(503, "The service is down.")
@@ -239,9 +251,9 @@ class OpenAIProvider:
     async def _create(self, request: Request) -> Response:
         async def work() -> Response:
             body = await request.json()
-            if body["completion_window"] != "24h":
+            if body["completion_window"] not in self.windows:
                 return _error(400, "Invalid value: 'completion_window'. Supported: '24h'.")
-            if body["endpoint"] not in ENDPOINTS:
+            if body["endpoint"] not in self.endpoints:
                 return _error(400, f"Invalid value: '{body['endpoint']}'.")
             if body["input_file_id"] not in self.files:
                 return _error(400, f"No such File object: {body['input_file_id']}")
@@ -253,7 +265,7 @@ class OpenAIProvider:
                 "endpoint": body["endpoint"],
                 "errors": None,
                 "input_file_id": body["input_file_id"],
-                "completion_window": "24h",
+                "completion_window": body["completion_window"],
                 "status": "validating",
                 "output_file_id": None,
                 "error_file_id": None,
@@ -263,7 +275,7 @@ class OpenAIProvider:
                 "request_counts": {"total": 0, "completed": 0, "failed": 0},
                 "metadata": body.get("metadata"),
             }
-            return JSONResponse(self.show_new(self.batches[native_id]))
+            return JSONResponse(self.show_created(self.batches[native_id]))
 
         return await self._serve(CREATE, request, work)
 
@@ -278,7 +290,7 @@ class OpenAIProvider:
                 ids = [batch["id"] for batch in newest]
                 newest = newest[ids.index(after) + 1 :]
             page = newest[:limit]
-            return JSONResponse(self.show_list(page, has_more=len(newest) > limit))
+            return JSONResponse(self.show_page(page, has_more=len(newest) > limit))
 
         return await self._serve(LIST, request, work)
 

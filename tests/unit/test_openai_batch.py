@@ -29,7 +29,6 @@ from tests.providers.openai_server import (
     Trouble,
     echo,
 )
-from tests.providers.together_server import TogetherProvider
 from tests.upstreams import chat_completion
 
 HASTY = replace(DIALECTS["openai"], find_after_s=0.05)
@@ -104,38 +103,6 @@ class TestOpenAIBatchUpstream(BatchUpstreamContract):
     @pytest.fixture
     def far_side(self, provider: OpenAIProvider) -> FarOpenAI:
         return FarOpenAI(provider)
-
-
-class TestTogether(BatchUpstreamContract):
-    """The dialect that differs most."""
-
-    @pytest.fixture
-    async def provider(self, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[OpenAIProvider]:
-        monkeypatch.setattr(openai_server, "KEY", KEY)
-        async with TogetherProvider() as provider:
-            yield provider
-
-    @pytest.fixture
-    def far_side(self, provider: OpenAIProvider) -> FarOpenAI:
-        return FarOpenAI(provider)
-
-    @pytest.fixture
-    async def upstream(self, provider: OpenAIProvider) -> AsyncIterator[OpenAIBatchUpstream]:
-        hasty = replace(DIALECTS["together"], find_after_s=0.05)
-        upstream = await opened(provider, hasty)
-        yield upstream
-        await upstream.close()
-
-    async def test_why_a_job_failed_is_told(
-        self, provider: OpenAIProvider, upstream: OpenAIBatchUpstream
-    ) -> None:
-        native_id = await submit(upstream, "nat-1")
-        provider.end(native_id, "failed", faults=[{"code": "x", "message": "No such model."}])
-
-        status = await upstream.check(job(), native_id)
-
-        assert (status.state, status.message) == (NativeState.FAILED, "No such model.")
-        assert not status.may_pass
 
 
 def job(key: str = "nat-1", **more: Any) -> NativeJob:

@@ -22,6 +22,10 @@ class Kind:
     """Which form its bodies have; None: OpenAI's."""
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
     """What each request needs beside the key."""
+    key_header: str | None = None
+    """Which header holds the key; None: `Authorization`, as a bearer token."""
+    streams: bool = True
+    """Whether answers may be asked for piece by piece, as OpenAI or Anthropic give them."""
     client_headers: frozenset[str] = frozenset()
     """Which `x-tfy-...` headers of a client its adapter reads, as `NativeJob.parameters`."""
     needs: tuple[str, ...] = ()
@@ -33,7 +37,12 @@ class Kind:
 KINDS: dict[str, Kind] = {
     "openai": Kind(title="OpenAI, or any server that is compatible", batches="openai"),
     "penstock": Kind(title="another Penstock", batches="openai"),
-    "azure": Kind(title="Azure OpenAI", batches="openai"),
+    "azure": Kind(
+        title="Azure OpenAI",
+        batches="openai",
+        client_headers=frozenset({"x-tfy-azure-api-version"}),
+        key_header="api-key",
+    ),
     "groq": Kind(title="Groq", batches="openai"),
     "anthropic": Kind(
         title="Anthropic",
@@ -41,6 +50,15 @@ KINDS: dict[str, Kind] = {
         form="anthropic",
         headers={"anthropic-version": API_VERSION},
     ),
+    "fireworks": Kind(title="Fireworks AI", batches="fireworks", needs=("account",)),
+    "gemini": Kind(
+        title="Google's Gemini API",
+        batches="gemini",
+        form="gemini",
+        key_header="x-goog-api-key",
+        streams=False,
+    ),
+    "mistral": Kind(title="Mistral", batches="mistral", form="mistral", streams=False),
     "together": Kind(title="Together AI", batches="openai"),
     "bedrock": Kind(
         title="Amazon Bedrock",

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 
@@ -32,6 +33,8 @@ from penstock.upstream.provider_http import NoConnection, ProviderAnswer, Provid
 
 KEY = "penstock_job"
 """The name of our key in a batch's metadata."""
+API_VERSION = "x-tfy-azure-api-version"
+"""The header with which a client names the version of Azure's API."""
 INPUT, OUTPUT, ERRORS = "input_file_id", "output_file_id", "error_file_id"
 _PAGE = 100
 _SLACK_S = 3600.0
@@ -68,6 +71,11 @@ class Dialect:
     window: Callable[[float], str]
     """The completion window to ask for, with so many seconds left."""
     has_metadata: bool = True
+    key_header: str | None = None
+    """Which header holds the key; None: `Authorization`, as a bearer token."""
+    is_azure: bool = False
+    """Whether a client's header may name a version of the API, and `base_url` may be without
+    `/v1`: then endpoints are named without it, too."""
     find_after_s: float = 60.0
     """After how long the list shows a batch whose creation brought no answer."""
 
@@ -123,24 +131,26 @@ DIALECTS: dict[str, Dialect] = {
     "azure": Dialect(
         limits=BatchLimits(
             endpoints=frozenset({"/v1/chat/completions", "/v1/responses", "/v1/embeddings"}),
-            max_requests=100_000,
+            max_requests=50_000,
             max_bytes=200 * _MB,
         ),
         upload_fields=_PURPOSE,
         window=_one_day,
+        key_header="api-key",
+        is_azure=True,
     ),
     "groq": Dialect(
         limits=BatchLimits(
             endpoints=frozenset({"/v1/chat/completions"}),
             max_requests=50_000,
-            max_bytes=200 * _MB,
+            max_bytes=100 * _MB,
         ),
         upload_fields=_PURPOSE,
         window=_whole_days,
     ),
     "together": Dialect(
         limits=BatchLimits(
-            endpoints=frozenset({"/v1/chat/completions", "/v1/completions"}),
+            endpoints=frozenset({"/v1/chat/completions"}),
             max_requests=50_000,
             max_bytes=100 * _MB,
         ),
@@ -179,7 +189,13 @@ class OpenAIBatchUpstream:
         self.limits = dialect.limits
         self.find_after_s = dialect.find_after_s
         self._dialect = dialect
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._is_classic = dialect.is_azure and not base_url.rstrip("/").endswith("/v1")
+        if not api_key:
+            headers = {}
+        elif dialect.key_header is None:
+            headers = {"Authorization": f"Bearer {api_key}"}
+        else:
+            headers = {dialect.key_header: api_key}
         self._http = ProviderHttp(
             name=f"The upstream {name}",
             base_url=base_url,
@@ -194,9 +210,18 @@ class OpenAIBatchUpstream:
         body = line.body.replace(b"\r", b" ").replace(b"\n", b" ")
         return b'{"custom_id":%b,"method":"POST","url":%b,"body":%b}' % (
             msgspec.json.encode(line.custom_id),
-            msgspec.json.encode(job.endpoint),
+            msgspec.json.encode(self._endpoint(job)),
             body,
         )
+
+    def _endpoint(self, job: NativeJob) -> str:
+        """As the provider calls it."""
+        return job.endpoint.removeprefix("/v1") if self._is_classic else job.endpoint
+
+    def _at(self, job: NativeJob, path: str) -> str:
+        """A path, with the version of the API that the client names for this job."""
+        version = job.parameters.get(API_VERSION) if self._dialect.is_azure else None
+        return path if version is None else f"{path}?api-version={quote(version, safe='')}"
 
     async def submit(self, job: NativeJob, records: AsyncIterator[bytes], note: Note) -> str:
         file_id = await self._upload(job, records)
@@ -204,7 +229,7 @@ class OpenAIBatchUpstream:
             await note({INPUT: file_id})
             return await self._create(job, file_id)
         except (JobNotTaken, JobRefused):
-            await self._delete_file(file_id)
+            await self._delete_file(job, file_id)
             raise
 
     async def _upload(self, job: NativeJob, records: AsyncIterator[bytes]) -> str:
@@ -214,7 +239,7 @@ class OpenAIBatchUpstream:
             fields["file_name"] = name
         try:
             answer = await self._http.upload(
-                self._dialect.upload_path,
+                self._at(job, self._dialect.upload_path),
                 fields=fields,
                 file_name=name,
                 records=records,
@@ -228,15 +253,15 @@ class OpenAIBatchUpstream:
     async def _create(self, job: NativeJob, file_id: str) -> str:
         body: dict[str, Any] = {
             "input_file_id": file_id,
-            "endpoint": job.endpoint,
+            "endpoint": self._endpoint(job),
             "completion_window": self._dialect.window(job.expires_at - time.time()),
         }
         if self._dialect.has_metadata:
-            body["metadata"] = _metadata(job)
+            body["metadata"] = write_metadata(job)
         try:
             answer = await self._http.call(
                 "POST",
-                "/batches",
+                self._at(job, "/batches"),
                 json=body,
                 # The file makes it another request, with the same key or not.
                 headers={"Idempotency-Key": f"{job.key}-{file_id}"},
@@ -249,18 +274,18 @@ class OpenAIBatchUpstream:
     async def find(self, job: NativeJob, details: Details, *, since: float) -> str | None:
         if INPUT not in details:
             return None  # it did not come to the creation of a batch
-        async for batch in self._iter_batches(since=since):
+        async for batch in self._iter_batches(job, since=since):
             is_ours = (batch.metadata or {}).get(KEY) == job.key
             if is_ours or batch.input_file_id == details[INPUT]:
                 return batch.id
         return None
 
-    async def _iter_batches(self, *, since: float) -> AsyncGenerator["_Batch"]:
+    async def _iter_batches(self, job: NativeJob, *, since: float) -> AsyncGenerator["_Batch"]:
         """The batches that were created since a time, newest first."""
         query = {"limit": str(_PAGE)}
         seen: set[str] = set()
         while True:
-            answer = await self._http.call("GET", "/batches", query=query)
+            answer = await self._http.call("GET", self._at(job, "/batches"), query=query)
             self._must_answer(answer, "list its batches")
             page = self._read_page(answer)
             for batch in page.data:
@@ -274,7 +299,7 @@ class OpenAIBatchUpstream:
             query["after"] = page.data[-1].id
 
     async def check(self, job: NativeJob, native_id: str) -> NativeStatus:
-        answer = await self._http.call("GET", f"/batches/{native_id}")
+        answer = await self._http.call("GET", self._at(job, f"/batches/{native_id}"))
         self._must_answer(answer, f"know the batch {native_id}")
         batch = self._batch(answer)
         counts = batch.request_counts or _Counts()
@@ -287,7 +312,7 @@ class OpenAIBatchUpstream:
             failed=counts.failed,
             details={name: file_id for name, file_id in files.items() if file_id},
             message=" ".join(filter(None, (fault.message for fault in faults[:3])))
-            or (batch.error if isinstance(batch.error, str) else ""),
+            or batch.told_error,
             may_pass=bool(faults) and all(fault.code in _PASSING_CODES for fault in faults),
         )
 
@@ -296,20 +321,20 @@ class OpenAIBatchUpstream:
     ) -> AsyncGenerator[NativeResult]:
         for name in (OUTPUT, ERRORS):
             if file_id := status.details.get(name):
-                async for result in self._read_file(file_id):
+                async for result in self._read_file(job, file_id):
                     yield result
 
-    async def _read_file(self, file_id: str) -> AsyncGenerator[NativeResult]:
-        about = await self._http.call("GET", f"/files/{file_id}")
+    async def _read_file(self, job: NativeJob, file_id: str) -> AsyncGenerator[NativeResult]:
+        about = await self._http.call("GET", self._at(job, f"/files/{file_id}"))
         self._must_answer(about, f"know the file {file_id}")
         size = self._read(about, _Size).bytes
-        path = f"/files/{file_id}/content"
+        path = self._at(job, f"/files/{file_id}/content")
         async for text in self._http.download_lines(path, least_bytes=size):
             if (result := read_result(text)) is not None:
                 yield result
 
     async def cancel(self, job: NativeJob, native_id: str) -> None:
-        answer = await self._http.call("POST", f"/batches/{native_id}/cancel")
+        answer = await self._http.call("POST", self._at(job, f"/batches/{native_id}/cancel"))
         if answer.status in (400, 409):
             return  # it has ended, or is being cancelled
         self._must_answer(answer, f"cancel the batch {native_id}")
@@ -317,17 +342,18 @@ class OpenAIBatchUpstream:
     async def clean_up(self, job: NativeJob, details: Details) -> None:
         for name in (INPUT, OUTPUT, ERRORS):
             if file_id := details.get(name):
-                answer = await self._http.call("DELETE", f"/files/{file_id}")
+                path = self._at(job, f"/files/{file_id}")
+                answer = await self._http.call("DELETE", path)
                 if answer.status != 404:
                     self._must_answer(answer, f"delete the file {file_id}")
 
     async def close(self) -> None:
         await self._http.close()
 
-    async def _delete_file(self, file_id: str) -> None:
+    async def _delete_file(self, job: NativeJob, file_id: str) -> None:
         """Delete a file that no batch names, if that can be done now."""
         try:
-            await self._http.call("DELETE", f"/files/{file_id}")
+            await self._http.call("DELETE", self._at(job, f"/files/{file_id}"))
         except PenstockError:
             return
 
@@ -411,7 +437,7 @@ def _read_broken(text: bytes) -> NativeResult | None:
     return NativeResult(custom_id=custom_id, lack=Lack.LOST)
 
 
-def _metadata(job: NativeJob) -> dict[str, str]:
+def write_metadata(job: NativeJob) -> dict[str, str]:
     """Ours, and as much of the client's as there is room for."""
 
     def pairs() -> Iterator[tuple[str, str]]:
@@ -466,6 +492,11 @@ class _Batch(msgspec.Struct):
     """What some say in place of `errors`: a sentence."""
     request_counts: _Counts | None = None
     metadata: dict[str, Any] | None = None
+
+    @property
+    def told_error(self) -> str:
+        """Why it failed, where a provider says it in one text."""
+        return self.error if isinstance(self.error, str) else ""
 
 
 class _Wrapped(msgspec.Struct):

@@ -12,6 +12,7 @@ from datetime import UTC
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
 from typing import Annotated
+from urllib.parse import quote
 from urllib.request import getproxies, proxy_bypass
 
 import msgspec
@@ -38,6 +39,7 @@ MAX_RETRY_AFTER_S = 24 * 60 * 60
 
 _EVENT_STREAM = "text/event-stream"
 _QUOTE_CHARACTERS = 200
+_MAX_MODELS = 10_000
 _MAX_TOKENS = 2**48  # more than this in one reply is no count
 
 
@@ -56,6 +58,7 @@ class OpenAIHttpUpstream:
         base_url: Where the API lies, usually ending in `/v1`, which is added to a URL
             without any path.
         api_key: Sent as a bearer token; None sends none.
+        key_header: In which header it is sent instead; None as a bearer token.
         max_concurrency: How many requests it takes at the same time. The caller keeps to it.
         request_timeout_s: How long a call may take, from connecting to the answer's last byte.
         connect_timeout_s: How long connecting may take of that.
@@ -84,6 +87,7 @@ class OpenAIHttpUpstream:
         silence_timeout_s: float = 0.0,
         streams: bool = False,
         headers: Mapping[str, str] | None = None,
+        key_header: str | None = None,
         max_reply_bytes: int = 64 * 1024 * 1024,
         make_transport: MakeTransport | None = None,
     ) -> None:
@@ -107,7 +111,10 @@ class OpenAIHttpUpstream:
                     f"The api_key of upstream {name} has characters that cannot be sent in a"
                     " header; it must be one line of visible characters."
                 )
-            sent["Authorization"] = f"Bearer {api_key}"
+            if key_header is None:
+                sent["Authorization"] = f"Bearer {api_key}"
+            else:
+                sent[key_header] = api_key
         self._transport = (make_transport or choose_transport)(
             base,
             TransportOptions(
@@ -135,20 +142,36 @@ class OpenAIHttpUpstream:
         return self._read(answer)
 
     async def list_models(self) -> list[str]:
+        names: list[str] = []
+        query = ""
+        while True:
+            page = await self._list_models(query)
+            names += [model.id for model in page.data or ()]
+            names += [model.name.removeprefix("models/") for model in page.models or ()]
+            if not page.nextPageToken or len(names) > _MAX_MODELS:
+                return names
+            query = f"?pageToken={quote(page.nextPageToken, safe='')}"
+
+    async def _list_models(self, query: str) -> "_Models":
         try:
-            reply = self._read(await self._transport.get(self._path("/models")))
+            reply = self._read(await self._transport.get(self._path("/models") + query))
         except TransportFailed as error:
             reply = Reply(failure=error.failure, message=error.message)
         if not reply.is_success:
             reason = reply.message or f"it answered with HTTP status {reply.status_code}."
             raise UpstreamDown(f"The upstream {self.name} did not list its models: {reason}")
         try:
-            models = _decode_models(reply.body)
+            page = _decode_models(reply.body)
         except msgspec.DecodeError as error:
             raise UpstreamDown(
                 f"The upstream {self.name} did not answer with a list of models: {error}."
             ) from error
-        return [model.id for model in models.data]
+        if page.data is msgspec.UNSET and page.models is msgspec.UNSET:
+            raise UpstreamDown(
+                f"The upstream {self.name} did not answer with a list of models: there is "
+                "neither `data` nor `models`."
+            )
+        return page
 
     async def read_load(self) -> EngineLoad | None:
         try:
@@ -381,8 +404,16 @@ class _Model(msgspec.Struct):
     id: str
 
 
+class _GoogleModel(msgspec.Struct):
+    name: str
+
+
 class _Models(msgspec.Struct):
-    data: list[_Model]
+    """OpenAI's list, or a page of Google's."""
+
+    data: list[_Model] | msgspec.UnsetType = msgspec.UNSET
+    models: list[_GoogleModel] | msgspec.UnsetType = msgspec.UNSET
+    nextPageToken: str | None = None  # noqa: N815
 
 
 _NO_USAGE = _Usage()

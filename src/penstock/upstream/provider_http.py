@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from pyreqwest.client import ClientBuilder
@@ -29,6 +29,8 @@ from penstock.upstream.openai_http import (
     parse_retry_after,
     uses_proxy,
 )
+
+T = TypeVar("T")
 
 _ANSWER_BYTES = 8 << 20
 _QUOTE_CHARACTERS = 300
@@ -48,6 +50,8 @@ class ProviderAnswer:
     status: int
     body: bytes
     retry_after_s: float | None
+    upload_url: str | None = None
+    """Where Google wants a file to be sent, as a header of its own says."""
     error_type: str = ""
     """The name of an error, where a provider tells it in `x-amzn-errortype`."""
 
@@ -168,6 +172,29 @@ class ProviderHttp:
         request = self._request("POST", path).timeout(self._transfer_s).multipart(form)
         return await self._exchange(request)
 
+    async def send_lines(
+        self,
+        path: str,
+        *,
+        records: AsyncIterator[bytes],
+        length: int,
+        headers: Mapping[str, str] | None = None,
+        method: str = "POST",
+    ) -> ProviderAnswer:
+        """Send a file of lines as the body itself, as it is read.
+
+        Args:
+            records: The lines, without line ends.
+            length: Of all lines with their ends, in bytes.
+
+        Raises:
+            UpstreamDown: As `call`.
+        """
+        request = self._request(method, path).timeout(self._transfer_s)
+        for key, value in {"Content-Length": str(length), **(headers or {})}.items():
+            request = request.header(key, value)
+        return await self._exchange(request.body_stream(_pieces(records)))
+
     async def post_stream(self, path: str, pieces: AsyncIterator[bytes]) -> ProviderAnswer:
         """Send a JSON body as it is made.
 
@@ -184,6 +211,8 @@ class ProviderHttp:
         """The lines of a file, without their ends; one is held at a time.
 
         Args:
+            path: Or a whole URL, which gets all headers of this one: give it only to a
+                `ProviderHttp` without a key.
             least_bytes: How long the file is, if that is known: less of it was cut off.
 
         Raises:
@@ -245,6 +274,40 @@ class ProviderHttp:
             raise UpstreamDown(message, retry_after_s=answer.retry_after_s)
         raise JobRefused(message, is_too_large=answer.status == 413)
 
+    def must_answer(self, answer: ProviderAnswer, what: str) -> None:
+        """Raise what an answer to a question means that is no answer.
+
+        Args:
+            what: As for `refuse`.
+
+        Raises:
+            JobRefused: There is no such thing.
+            UpstreamDown: It is another refusal, which may be mended: of a key, for example.
+        """
+        try:
+            self.refuse(answer, what)
+        except JobRefused as error:
+            if answer.status in (404, 410):
+                raise
+            raise UpstreamDown(str(error), retry_after_s=answer.retry_after_s) from error
+        except JobNotTaken as error:
+            raise UpstreamDown(str(error), retry_after_s=error.retry_after_s) from error
+
+    def read(self, answer: ProviderAnswer, type_: type[T]) -> T:
+        """What a successful answer says.
+
+        Raises:
+            UpstreamDown: It is something else.
+        """
+        try:
+            answer.body.decode()
+            return msgspec.json.decode(answer.body, type=type_)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise UpstreamDown(
+                f"{self._name} answered with something else than was asked for: "
+                f"{self.quote(answer)}"
+            ) from error
+
     def quote(self, answer: ProviderAnswer) -> str:
         """What an answer says, for a person, without secrets."""
         text = _error_message(answer.body) or answer.body[: 8 * _QUOTE_CHARACTERS].decode(
@@ -263,7 +326,8 @@ class ProviderHttp:
             await self._client.close()
 
     def _request(self, method: str, path: str) -> RequestBuilder:
-        return self._client.request(method, Url(self.base + path))
+        url = path if path.startswith(("http://", "https://")) else self.base + path
+        return self._client.request(method, Url(url))
 
     async def _exchange(self, request: RequestBuilder) -> ProviderAnswer:
         try:
@@ -280,10 +344,11 @@ class ProviderHttp:
         retry_after = _header(response, "retry-after")
         in_ms = _header(response, "retry-after-ms")
         return ProviderAnswer(
-            response.status,
-            body,
-            parse_retry_after(retry_after, in_ms, now=time.time()),
-            (_header(response, "x-amzn-errortype") or "").partition(":")[0],
+            status=response.status,
+            body=body,
+            retry_after_s=parse_retry_after(retry_after, in_ms, now=time.time()),
+            upload_url=_header(response, "x-goog-upload-url"),
+            error_type=(_header(response, "x-amzn-errortype") or "").partition(":")[0],
         )
 
     def _down(self, error: RequestError) -> UpstreamDown:

@@ -1,12 +1,17 @@
 """Lines sent one by one to a provider that has a form of its own."""
 
 import time
+from collections.abc import Callable
 
 import msgspec
 
 from penstock.upstream.base import EngineLoad, LineUpstream, Reply
 from penstock.upstream.translation.answers import write_untranslatable
 from penstock.upstream.translation.base import Translation, Untranslatable
+
+Locate = Callable[[str, str], str]
+"""The provider's endpoint, as `LineUpstream.send` takes it, for the line's own and its model.
+It raises `Untranslatable` for a model that cannot be one."""
 
 
 class TranslatedUpstream:
@@ -17,25 +22,28 @@ class TranslatedUpstream:
     Args:
         inner: Sends what was translated, and is closed with this one.
         translation: The provider's words.
-        endpoint: Where the provider takes it all, with `/v1`.
+        locate: Where the provider takes it.
     """
 
-    def __init__(self, inner: LineUpstream, *, translation: Translation, endpoint: str) -> None:
+    def __init__(
+        self, inner: LineUpstream, *, translation: Translation, locate: Locate
+    ) -> None:
         self.name = inner.name
         self.max_concurrency = inner.max_concurrency
         self._inner = inner
         self._translation = translation
-        self._endpoint = endpoint
+        self._locate = locate
 
     async def send(self, endpoint: str, body: bytes) -> Reply:
         try:
             model = _decode_model(body).model
+            place = self._locate(endpoint, model)
             said = self._translation.translate_request(endpoint, model, body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return write_untranslatable("model", "It must be a string.")
         except Untranslatable as error:
             return write_untranslatable(error.field, error.message)
-        reply = await self._inner.send(self._endpoint, said)
+        reply = await self._inner.send(place, said)
         if reply.failure is not None:
             return reply
         told = self._translation.translate_reply(

@@ -11,7 +11,7 @@ from openai.types.chat import ChatCompletion
 from openai.types.responses import Response
 
 from penstock.upstream.base import Failure
-from penstock.upstream.translation import anthropic, bedrock, gemini
+from penstock.upstream.translation import anthropic, bedrock, gemini, mistral
 from penstock.upstream.translation.base import Untranslatable
 from tests.unit.translation.bodies import (
     CHAT,
@@ -32,6 +32,7 @@ PROVIDERS: list[Provider] = [
     (anthropic, "claude-sonnet-5-5"),
     (gemini, "gemini-2.5-flash"),
     (gemini, "gemini-3.8-flash"),
+    (mistral, "mistral-small-latest"),
     (bedrock, "us.anthropic.claude-sonnet-4-5-20250929-v1:0"),
     (bedrock, "global.amazon.nova-2-lite-v1:0"),
     (bedrock, "meta.llama3-8b-instruct-v1:0"),

@@ -1,7 +1,8 @@
 """Between OpenAI's bodies and those of providers that have a form of their own. Pure.
 
     chat.read, responses.read     OpenAI's body ──► base.Request
-    anthropic, gemini, bedrock    base.Request ──► the provider's body
+    anthropic, gemini, mistral,
+    bedrock                       base.Request ──► the provider's body
                                   the provider's answer ──► base.Answer
     answers.write                 base.Answer ──► OpenAI's body, as the endpoint gives it
 

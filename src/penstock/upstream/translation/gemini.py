@@ -54,6 +54,8 @@ _MAX_CHOICES = 8
 _MAX_SEED = (1 << 31) - 1
 _VERSION = re.compile(r"gemini-(?:[a-z-]+-)?(\d{1,2})(?:\.(\d{1,2}))?(?![\d])")
 _NEWEST = (99, 0)
+_MODEL = re.compile(r"[a-z]+[A-Za-z]*(/[A-Za-z0-9_][A-Za-z0-9_.@-]*)+")
+_SHOWN_MODEL = 64
 _LEVELS = {
     "minimal": "MINIMAL",
     "low": "LOW",
@@ -111,6 +113,30 @@ def translate_reply(
     answer_id = content.responseId or answers.make_id(body)
     answer = _read_answer(content, answer_id, model, created_at)
     return answers.write(endpoint, answer, request_id)
+
+
+def locate(endpoint: str, model: str) -> str:
+    """Where a line is sent, below the address of the API: the model stands in the path.
+
+    Raises:
+        Untranslatable: It cannot be the name of a model.
+    """
+    return f"/{name_model(model)}:{'embed' if endpoint == EMBEDDINGS else 'generate'}Content"
+
+
+def name_model(model: str) -> str:
+    """The full name of a model, such as `models/gemini-2.5-flash`.
+
+    Raises:
+        Untranslatable: It cannot be one.
+    """
+    name = model if "/" in model else f"models/{model}"
+    if not _MODEL.fullmatch(name):
+        shown = model if len(model) <= _SHOWN_MODEL else f"{model[:_SHOWN_MODEL]}…"
+        raise Untranslatable(
+            "model", f"{shown!r} cannot be the name of a model of {_NAME}, such as models/NAME."
+        )
+    return name
 
 
 # Requests
@@ -262,7 +288,7 @@ def _write_thinking(request: Request, model: str, version: tuple[int, int]) -> _
 def _build_embedding(request: embeddings.EmbeddingRequest, model: str) -> _Json:
     request.refuse_input_type(_NAME)
     body: _Json = {
-        "model": model if "/" in model else f"models/{model}",
+        "model": name_model(model),
         "content": {"parts": [{"text": request.one_text(_NAME)}]},
     }
     if request.dimensions is not None:
