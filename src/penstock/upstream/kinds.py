@@ -48,6 +48,7 @@ KINDS: dict[str, Kind] = {
         title="Anthropic",
         batches="anthropic",
         form="anthropic",
+        key_header="x-api-key",
         headers={"anthropic-version": API_VERSION},
     ),
     "fireworks": Kind(title="Fireworks AI", batches="fireworks", needs=("account",)),
