@@ -636,7 +636,7 @@ FAULTS = [
     Fault(
         "segments: a checksum is not looked at",
         "blobs/segments.py",
-        "            return zlib.crc32(memoryview(self._whole)[start:end])\n",
+        "            return crc32c(memoryview(self._whole)[start:end])\n",
         "            return _HEADER.unpack_from(self._whole, offset)[0]\n",
         SEGMENTS,
         "flipped",

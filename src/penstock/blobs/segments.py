@@ -4,8 +4,8 @@ A segment is a run of blocks; each begins with a header of 20 bytes:
 
     crc u32 · magic u16 · type u8 · spare u8 · count u32 · length u64
 
-`length` bytes follow it, and the checksum covers all that follows it, up to their end. Numbers
-are little-endian. There are two types.
+`length` bytes follow it, and the checksum (CRC-32C, for which processors have an instruction)
+covers all that follows it, up to their end. Numbers are little-endian. There are two types.
 
 - A *group* holds `count` replies that were made durable together, up to about 1 MiB of them:
   first, for each, `line u32 · kind and length u32 · five token counts u32`, then their
@@ -23,11 +23,12 @@ writes where nobody looks any more.
 """
 
 import struct
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple, Protocol
+
+from crc32c import crc32c
 
 from penstock.blobs.base import Piece
 from penstock.model import BatchId, Usage
@@ -235,7 +236,7 @@ def _pack_group(group: list[_Reply]) -> tuple[bytes, bytes]:
     payloads = b"".join([reply.payload for reply in group])
     length = len(entries) + len(payloads)
     checked = _CHECKED.pack(_MAGIC, _GROUP, len(group), length) + entries
-    crc = zlib.crc32(payloads, zlib.crc32(checked))
+    crc = crc32c(payloads, crc32c(checked))
     return crc.to_bytes(_CRC_BYTES, "little") + checked, payloads
 
 
@@ -264,7 +265,7 @@ def _pack_seal(records: list[Record], offset: int) -> bytes:
         )
     )
     checked = _CHECKED.pack(_MAGIC, _SEAL, sum(counts), len(body)) + body
-    return zlib.crc32(checked).to_bytes(_CRC_BYTES, "little") + checked
+    return crc32c(checked).to_bytes(_CRC_BYTES, "little") + checked
 
 
 # Reading
@@ -394,13 +395,13 @@ class SegmentReader:
     def _checksum(self, offset: int, size: int) -> int:
         start, end = offset + _CRC_BYTES, offset + size
         if self._whole:
-            return zlib.crc32(memoryview(self._whole)[start:end])
+            return crc32c(memoryview(self._whole)[start:end])
         crc = 0
         while start < end:
             piece = self._source.read(start, min(_READ_BYTES, end - start))
             if not piece:
                 return -1
-            crc = zlib.crc32(piece, crc)
+            crc = crc32c(piece, crc)
             start += len(piece)
         return crc
 
@@ -424,7 +425,7 @@ class SegmentReader:
 
 
 def _checksum(block: bytes) -> int:
-    return zlib.crc32(memoryview(block)[_CRC_BYTES:])
+    return crc32c(memoryview(block)[_CRC_BYTES:])
 
 
 class SliceReplies:
