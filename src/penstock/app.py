@@ -490,12 +490,25 @@ async def _ensure_key(settings: Settings, store: SqlStore, project_id: ProjectId
     if settings.projects or not settings.server.auth or await store.list_keys():
         return None
     key = new_key()
+    # The file first: a key that is in force and could not be kept would be known to nobody.
+    _keep_key(settings.data_dir / KEY_FILE, key)
     await _add_key(store, project_id, DEFAULT_PROJECT, key)
-    _write_private(settings.data_dir / KEY_FILE, f"{key}\n")
     return key
 
 
+def _keep_key(path: Path, key: str) -> None:
+    try:
+        _write_private(path, f"{key}\n")
+    except OSError as error:
+        raise InvalidSettings(
+            f"There is no API key yet, and a first one cannot be kept in {path} "
+            f"({error.strerror}); make one with `penstock keys create --project "
+            f"{DEFAULT_PROJECT}`, or set api_key."
+        ) from error
+
+
 def _write_private(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.unlink(missing_ok=True)
     path.touch(mode=0o600)
     path.write_text(text)

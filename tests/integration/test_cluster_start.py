@@ -1,0 +1,58 @@
+"""The first start of a cluster."""
+
+from pathlib import Path
+
+import pytest
+
+from penstock.app import open_app
+from penstock.errors import InvalidSettings
+from penstock.places import KEY_FILE
+from penstock.settings import Settings
+from penstock.store.sql import SqlStore
+
+
+@pytest.fixture(autouse=True)
+def nobody_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Object storage that answers at once, with a no."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+
+
+def settings(url: str, data_dir: Path) -> Settings:
+    return Settings(database_url=url, storage_url="s3://bucket", data_dir=data_dir)
+
+
+async def find_keys(url: str) -> int:
+    store = SqlStore(url)
+    await store.open()
+    try:
+        return len(await store.list_keys())
+    finally:
+        await store.close()
+
+
+async def test_the_first_start_keeps_its_key_where_there_is_no_data_directory_yet(
+    migrated_url: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "not" / "there"
+
+    async with open_app(settings(migrated_url, folder), works=False) as app:
+        assert app.first_key is not None
+        owner = await app.service.authenticate(app.first_key)
+        assert owner.project_id == app.project_id
+
+    assert (folder / KEY_FILE).read_text() == f"{app.first_key}\n"
+    assert (folder / KEY_FILE).stat().st_mode & 0o777 == 0o600
+
+
+async def test_a_first_key_that_cannot_be_kept_is_not_made(
+    migrated_url: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(InvalidSettings, match=r"`penstock keys create --project default`"):
+        async with open_app(settings(migrated_url, tmp_path / "file"), works=False):
+            pass
+
+    assert await find_keys(migrated_url) == 0
