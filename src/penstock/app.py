@@ -89,6 +89,8 @@ _FILE_LIFE_S = 30 * 86400
 """How long input and result files are kept, as OpenAI keeps them."""
 _COUNT_S = 5.0
 """How often the lines that wait are counted."""
+_READS = "database_reads"
+"""A fault of its own: a database that takes no writes may still be read."""
 _CLOCK_S = 10.0
 """How often the database is asked for its time."""
 _DRAIN_S = 5.0
@@ -170,7 +172,7 @@ async def open_app(
             )
             await stack.enter_async_context(work)
         if serves:
-            counting = asyncio.create_task(_count_pending(store, ground.metrics))
+            counting = asyncio.create_task(_count_pending(store, ground.metrics, ground.health))
             stack.callback(counting.cancel)
         limits = _service_limits(settings)
         yield App(
@@ -221,11 +223,20 @@ async def _open_ground(settings: Settings, stack: contextlib.AsyncExitStack) -> 
     return _Ground(engine, store, blobs, segments, routes, health, Metrics(health))
 
 
-async def _count_pending(store: SqlStore, metrics: Metrics) -> None:
-    """Keep count of the lines that wait, for `/metrics`, until cancelled."""
+async def _count_pending(store: SqlStore, metrics: Metrics, health: Health) -> None:
+    """Keep count of the lines that wait, for `/metrics`, until cancelled.
+
+    While they cannot be counted the API cannot answer either, which `/readyz` tells.
+    """
     while True:
-        with contextlib.suppress(StorageUnavailable):
+        try:
             metrics.pending_lines = await store.count_pending_lines(now=int(clock.now()))
+        except StorageUnavailable as error:
+            if health.fail(_READS, str(error)):
+                _log.error("The database cannot be read; trying again.", error=str(error))
+        else:
+            if health.recover(_READS):
+                _log.info("The database can be read again.")
         await asyncio.sleep(_COUNT_S)
 
 
