@@ -55,14 +55,21 @@ class Finding:
 
 async def check_all(settings: Settings) -> list[Finding]:
     """Try the data directory, the database, the storage and every upstream, and list the
-    webhooks, in this order."""
-    findings = list(check_data_dir(settings))
+    webhooks, in this order. What is kept elsewhere leaves nothing to a data directory."""
+    is_elsewhere = settings.database_url is not None and settings.storage_url is not None
+    findings = [] if is_elsewhere else list(check_data_dir(settings))
     if settings.database_url is None:
         findings.append(await check_database(settings.data_dir))
     else:
         findings.append(await check_shared_database(settings.database_url))
     if settings.storage_url is not None:
         findings.append(await check_storage(settings))
+    elif settings.database_url is not None:
+        message = (
+            f"Files are kept in {settings.data_dir}, which every process of the cluster must "
+            "see; set storage_url unless all run on this machine."
+        )
+        findings.append(Finding("storage", Verdict.NOTE, message))
     if not settings.upstreams:
         message = "None is set; add an [[upstreams]] table, or start with `--upstream URL`."
         findings.append(Finding("upstreams", Verdict.NOTE, message))

@@ -7,6 +7,7 @@ import pytest
 
 from penstock import app as app_module
 from penstock.app import open_app
+from penstock.checkup import Verdict, check_all
 from penstock.errors import InvalidSettings
 from penstock.places import KEY_FILE
 from penstock.settings import Settings
@@ -82,3 +83,20 @@ async def test_an_api_whose_database_is_away_is_not_ready_until_it_is_back(
         await asyncio.to_thread(own_postgres.start)
         while app.health.faults():
             await asyncio.sleep(0.05)
+
+
+async def test_a_cluster_is_not_checked_for_a_data_directory_that_it_does_not_have(
+    migrated_url: str, tmp_path: Path
+) -> None:
+    with_folder = await check_all(Settings(database_url=migrated_url, data_dir=tmp_path))
+    without = await check_all(settings(migrated_url, tmp_path))
+
+    assert [finding.what for finding in without] == ["database", "storage", "upstreams"]
+    assert [finding.what for finding in with_folder] == [
+        "data directory",
+        "database",
+        "storage",
+        "upstreams",
+    ]
+    assert with_folder[2].verdict is Verdict.NOTE
+    assert "set storage_url" in with_folder[2].message
