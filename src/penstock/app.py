@@ -620,12 +620,24 @@ _BATCH_ADAPTERS: dict[str, Callable[[Upstream], BatchUpstream]] = {
 """What speaks to batch APIs, by the name that `upstream.kinds` gives it."""
 
 
-def _make_native(upstream: Upstream) -> NativeUse | None:
+def open_batches(upstream: Upstream) -> BatchUpstream | None:
+    """What speaks to an upstream's batch API; None if its lines are sent one by one.
+
+    Raises:
+        InvalidSettings: Something that it needs is not installed.
+    """
     batches = KINDS[upstream.kind].batches
     if upstream.mode == "lines" or batches is None:
         return None
+    return _BATCH_ADAPTERS[batches](upstream)
+
+
+def _make_native(upstream: Upstream) -> NativeUse | None:
+    batches = open_batches(upstream)
+    if batches is None:
+        return None
     return NativeUse(
-        upstream=_BATCH_ADAPTERS[batches](upstream),
+        upstream=batches,
         from_requests=upstream.native_from if upstream.mode == "auto" else 1,
         falls_back=upstream.fallback == "lines",
     )
