@@ -92,6 +92,8 @@ _FILE_LIFE_S = 30 * 86400
 """How long input and result files are kept, as OpenAI keeps them."""
 _COUNT_S = 5.0
 """How often the lines that wait are counted."""
+_READS = "database_reads"
+"""A fault of its own: a database that takes no writes may still be read."""
 _CLOCK_S = 10.0
 """How often the database is asked for its time."""
 _DRAIN_S = 5.0
@@ -173,7 +175,7 @@ async def open_app(
             )
             await stack.enter_async_context(work)
         if serves:
-            counting = asyncio.create_task(_count_pending(store, ground.metrics))
+            counting = asyncio.create_task(_count_pending(store, ground.metrics, ground.health))
             stack.callback(counting.cancel)
         limits = _service_limits(settings)
         yield App(
@@ -224,11 +226,20 @@ async def _open_ground(settings: Settings, stack: contextlib.AsyncExitStack) -> 
     return _Ground(engine, store, blobs, segments, routes, health, Metrics(health))
 
 
-async def _count_pending(store: SqlStore, metrics: Metrics) -> None:
-    """Keep count of the lines that wait, for `/metrics`, until cancelled."""
+async def _count_pending(store: SqlStore, metrics: Metrics, health: Health) -> None:
+    """Keep count of the lines that wait, for `/metrics`, until cancelled.
+
+    While they cannot be counted the API cannot answer either, which `/readyz` tells.
+    """
     while True:
-        with contextlib.suppress(StorageUnavailable):
+        try:
             metrics.pending_lines = await store.count_pending_lines(now=int(clock.now()))
+        except StorageUnavailable as error:
+            if health.fail(_READS, str(error)):
+                _log.error("The database cannot be read; trying again.", error=str(error))
+        else:
+            if health.recover(_READS):
+                _log.info("The database can be read again.")
         await asyncio.sleep(_COUNT_S)
 
 
@@ -493,12 +504,25 @@ async def _ensure_key(settings: Settings, store: SqlStore, project_id: ProjectId
     if settings.projects or not settings.server.auth or await store.list_keys():
         return None
     key = new_key()
+    # The file first: a key that is in force and could not be kept would be known to nobody.
+    _keep_key(settings.data_dir / KEY_FILE, key)
     await _add_key(store, project_id, DEFAULT_PROJECT, key)
-    _write_private(settings.data_dir / KEY_FILE, f"{key}\n")
     return key
 
 
+def _keep_key(path: Path, key: str) -> None:
+    try:
+        _write_private(path, f"{key}\n")
+    except OSError as error:
+        raise InvalidSettings(
+            f"There is no API key yet, and a first one cannot be kept in {path} "
+            f"({error.strerror}); make one with `penstock keys create --project "
+            f"{DEFAULT_PROJECT}`, or set api_key."
+        ) from error
+
+
 def _write_private(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.unlink(missing_ok=True)
     path.touch(mode=0o600)
     path.write_text(text)
@@ -614,12 +638,24 @@ def _provider(upstream: Upstream) -> dict[str, Any]:
     }
 
 
-def _make_native(upstream: Upstream) -> NativeUse | None:
+def open_batches(upstream: Upstream) -> BatchUpstream | None:
+    """What speaks to an upstream's batch API; None if its lines are sent one by one.
+
+    Raises:
+        InvalidSettings: Something that it needs is not installed.
+    """
     batches = KINDS[upstream.kind].batches
     if upstream.mode == "lines" or batches is None:
         return None
+    return _BATCH_ADAPTERS[batches](upstream)
+
+
+def _make_native(upstream: Upstream) -> NativeUse | None:
+    batches = open_batches(upstream)
+    if batches is None:
+        return None
     return NativeUse(
-        upstream=_BATCH_ADAPTERS[batches](upstream),
+        upstream=batches,
         from_requests=upstream.native_from if upstream.mode == "auto" else 1,
         falls_back=upstream.fallback == "lines",
     )

@@ -18,14 +18,18 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from penstock.app import open_storage
+from penstock.app import open_batches, open_storage
 from penstock.engine.postgres import check_queue, install_queue
 from penstock.errors import PenstockError, UpstreamDown
 from penstock.events import sample_event
 from penstock.places import database_path, store_url
 from penstock.settings import Settings, Upstream, WebhookSettings
 from penstock.store.sql import SqlStore
+from penstock.upstream.anthropic_batch import REQUESTS
+from penstock.upstream.base import NativeJob
+from penstock.upstream.bedrock_batch import BUCKET
 from penstock.upstream.kinds import KINDS
+from penstock.upstream.openai_batch import INPUT
 from penstock.upstream.openai_http import OpenAIHttpUpstream
 from penstock.upstream.webhook import WebhookReply, WebhookTarget
 from penstock.upstream.webhook_http import HttpWebhookSender
@@ -33,6 +37,9 @@ from penstock.upstream.webhook_http import HttpWebhookSender
 _SHOWN_MODELS = 5
 _LIVES_S = 10.0
 """How lately a worker that is at work was seen."""
+_ASKS_S = 30.0
+_ANY_NOTES = {INPUT: "none", REQUESTS: "0", BUCKET: "none"}
+"""What the adapters note of a job before its provider has it, or they would not ask for it."""
 
 
 class Verdict(StrEnum):
@@ -54,19 +61,31 @@ class Finding:
 
 
 async def check_all(settings: Settings) -> list[Finding]:
-    """Try the data directory, the database, the storage and every upstream, and list the
-    webhooks, in this order."""
-    findings = list(check_data_dir(settings))
+    """Try the data directory, the database, the storage, every upstream and its batch
+    API if it is used, and list the webhooks, in this order.
+
+    A cluster whose state and files are both elsewhere has no data directory to try.
+    """
+    is_elsewhere = settings.database_url is not None and settings.storage_url is not None
+    findings = [] if is_elsewhere else list(check_data_dir(settings))
     if settings.database_url is None:
         findings.append(await check_database(settings.data_dir))
     else:
         findings.append(await check_shared_database(settings.database_url))
     if settings.storage_url is not None:
         findings.append(await check_storage(settings))
+    elif settings.database_url is not None:
+        message = (
+            f"Files are kept in {settings.data_dir}, which every process of the cluster must "
+            "see; set storage_url unless all run on this machine."
+        )
+        findings.append(Finding("storage", Verdict.NOTE, message))
     if not settings.upstreams:
         message = "None is set; add an [[upstreams]] table, or start with `--upstream URL`."
         findings.append(Finding("upstreams", Verdict.NOTE, message))
     findings += await asyncio.gather(*map(check_upstream, settings.upstreams))
+    native = [upstream for upstream in settings.upstreams if upstream.mode != "lines"]
+    findings += await asyncio.gather(*map(check_batches, native))
     findings += map(list_webhook, settings.webhooks)
     return findings
 
@@ -180,6 +199,35 @@ async def check_upstream(settings: Upstream) -> Finding:
     more = f" and {len(served) - _SHOWN_MODELS} more" if len(served) > _SHOWN_MODELS else ""
     names = ", ".join(served[:_SHOWN_MODELS])
     return Finding(what, Verdict.OK, f"It answers and serves {names}{more}.")
+
+
+async def check_batches(settings: Upstream) -> Finding:
+    """Whether a provider's batch API answers: it is asked for a job that it does not have."""
+    what = f"batches of {settings.name}"
+    now = time.time()
+    job = NativeJob(
+        key=f"check-{secrets.token_hex(8)}",
+        display_name="check",
+        endpoint="/v1/chat/completions",
+        model="none",
+        requests=1,
+        expires_at=now,
+    )
+    try:
+        async with asyncio.timeout(_ASKS_S):
+            if (upstream := open_batches(settings)) is None:
+                return Finding(what, Verdict.PROBLEM, f"The kind {settings.kind} has none.")
+            try:
+                await upstream.find(job, _ANY_NOTES, since=now)
+            finally:
+                await upstream.close()
+    except TimeoutError:
+        message = f"Its batch API did not answer within {_ASKS_S:.0f} s."
+        return Finding(what, Verdict.PROBLEM, message)
+    except PenstockError as error:
+        hint = "correct its settings, or set its mode to lines."
+        return Finding(what, Verdict.PROBLEM, f"{str(error).rstrip('.')}; {hint}")
+    return Finding(what, Verdict.OK, "Its batch API answers.")
 
 
 def list_webhook(hook: WebhookSettings) -> Finding:

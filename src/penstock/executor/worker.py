@@ -34,7 +34,7 @@ from penstock.upstream.routes import Route, Routes
 _log = structlog.get_logger()
 _R = TypeVar("_R")
 
-_READ_FAULT = "data_directory"
+_READ_FAULT = "input_files"
 _MOST_WAITING = 100_000
 """Of how many slices it is remembered at most what they wait for."""
 _PROGRESS_S = 0.5

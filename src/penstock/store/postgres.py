@@ -312,6 +312,17 @@ _TROUBLES = {
 """What goes wrong without a fault of the program, by SQLSTATE or the class of it.
 https://www.postgresql.org/docs/current/errcodes-appendix.html"""
 
+_UNREACHABLE = "cannot be reached"
+
+_ADVICE = {
+    _UNREACHABLE: "start it, or correct the host and port of database_url",
+    _TROUBLES["28"]: "correct them in database_url",
+    _TROUBLES["3D000"]: "create it, or correct its name in database_url",
+    _TROUBLES["42501"]: "grant it, or name the user in database_url that made the tables",
+    _TROUBLES["53300"]: "raise its max_connections, or run fewer processes",
+}
+"""What to do, where a person must do something."""
+
 _NO_TEXT = ("22021", "22P05")
 """A text has U+0000 in it, or is no UTF-8."""
 
@@ -351,7 +362,7 @@ def _trouble(cause: BaseException, state: str) -> str | None:
     if isinstance(cause, TimeoutError):
         return "does not answer"
     if isinstance(cause, OSError):
-        return "cannot be reached"
+        return _UNREACHABLE
     if isinstance(cause, asyncpg.InterfaceError):
         return _TROUBLES["08"] if "closed" in str(cause) else None
     return _TROUBLES.get(state) or _TROUBLES.get(state[:2])
@@ -359,7 +370,8 @@ def _trouble(cause: BaseException, state: str) -> str | None:
 
 def _sentence(trouble: str, cause: BaseException) -> str:
     said = str(cause).partition("\n")[0].rstrip(".")
-    return f"The database {trouble} ({said})." if said else f"The database {trouble}."
+    advice = f"; {_ADVICE[trouble]}" if trouble in _ADVICE else ""
+    return f"The database {trouble}{f' ({said})' if said else ''}{advice}."
 
 
 def _cause_of(error: BaseException) -> BaseException:

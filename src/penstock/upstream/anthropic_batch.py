@@ -44,7 +44,7 @@ LIMITS = BatchLimits(
     one_model=False,
 )
 BATCH_ID = "batch_id"
-_REQUESTS = "requests"
+REQUESTS = "requests"
 """How many there are, by which `find` knows a batch of another size for another's."""
 _PATH = "/messages/batches"
 _PAGE = 100
@@ -103,7 +103,7 @@ class AnthropicBatchUpstream:
         return b'{"custom_id":%b,"params":%b}' % (custom_id, params)
 
     async def submit(self, job: NativeJob, records: AsyncIterator[bytes], note: Note) -> str:
-        await note({_REQUESTS: str(job.requests)})
+        await note({REQUESTS: str(job.requests)})
         try:
             answer = await self._http.post_stream(_PATH, _body(records))
         except NoConnection as error:
@@ -112,11 +112,11 @@ class AnthropicBatchUpstream:
         return self._read(answer, _Batch).id
 
     async def find(self, job: NativeJob, details: Details, *, since: float) -> str | None:
-        if _REQUESTS not in details:
+        if REQUESTS not in details:
             return None  # it did not come to the creation of a batch
         at_work: list[str] = []
         async for batch in self._iter_batches(since=since):
-            if str(batch.request_counts.total) != details[_REQUESTS]:
+            if str(batch.request_counts.total) != details[REQUESTS]:
                 continue
             if batch.processing_status != "ended":
                 at_work.append(batch.id)

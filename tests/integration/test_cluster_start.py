@@ -1,0 +1,102 @@
+"""The API of a cluster: its first key, and what it says while the database is away."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from penstock import app as app_module
+from penstock.app import open_app
+from penstock.checkup import Verdict, check_all
+from penstock.errors import InvalidSettings
+from penstock.places import KEY_FILE
+from penstock.settings import Settings
+from penstock.store.sql import SqlStore
+from tests.postgres import PostgresServer
+
+
+@pytest.fixture(autouse=True)
+def nobody_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Object storage that answers at once, with a no."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+
+
+def settings(url: str, data_dir: Path) -> Settings:
+    return Settings(database_url=url, storage_url="s3://bucket", data_dir=data_dir)
+
+
+async def find_keys(url: str) -> int:
+    store = SqlStore(url)
+    await store.open()
+    try:
+        return len(await store.list_keys())
+    finally:
+        await store.close()
+
+
+async def test_the_first_start_keeps_its_key_where_there_is_no_data_directory_yet(
+    migrated_url: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "not" / "there"
+
+    async with open_app(settings(migrated_url, folder), works=False) as app:
+        assert app.first_key is not None
+        owner = await app.service.authenticate(app.first_key)
+        assert owner.project_id == app.project_id
+
+    assert (folder / KEY_FILE).read_text() == f"{app.first_key}\n"
+    assert (folder / KEY_FILE).stat().st_mode & 0o777 == 0o600
+
+
+async def test_a_first_key_that_cannot_be_kept_is_not_made(
+    migrated_url: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(InvalidSettings, match=r"`penstock keys create --project default`"):
+        async with open_app(settings(migrated_url, tmp_path / "file"), works=False):
+            pass
+
+    assert await find_keys(migrated_url) == 0
+
+
+async def test_an_api_whose_database_is_away_is_not_ready_until_it_is_back(
+    own_postgres: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app_module, "_COUNT_S", 0.05)
+    store = SqlStore(own_postgres.url)
+    await store.migrate()
+    await store.close()
+
+    async with (
+        asyncio.timeout(60),
+        open_app(settings(own_postgres.url, tmp_path), works=False) as app,
+    ):
+        assert app.health.faults() == {}
+        await asyncio.to_thread(own_postgres.stop)
+        while not app.health.faults():
+            await asyncio.sleep(0.05)
+        assert app.health.faults()["database_reads"].startswith("The database ")
+
+        await asyncio.to_thread(own_postgres.start)
+        while app.health.faults():
+            await asyncio.sleep(0.05)
+
+
+async def test_a_cluster_is_not_checked_for_a_data_directory_that_it_does_not_have(
+    migrated_url: str, tmp_path: Path
+) -> None:
+    with_folder = await check_all(Settings(database_url=migrated_url, data_dir=tmp_path))
+    without = await check_all(settings(migrated_url, tmp_path))
+
+    assert [finding.what for finding in without] == ["database", "storage", "upstreams"]
+    assert [finding.what for finding in with_folder] == [
+        "data directory",
+        "database",
+        "storage",
+        "upstreams",
+    ]
+    assert with_folder[2].verdict is Verdict.NOTE
+    assert "set storage_url" in with_folder[2].message
