@@ -483,19 +483,27 @@ def _webhook_id(project_id: ProjectId, url: str) -> WebhookId:
 
 
 async def _ensure_key(settings: Settings, store: SqlStore, project_id: ProjectId) -> str | None:
-    """Make the key of the project `default`, as the settings say or on an empty directory."""
+    """Make the key of the project `default`, as the settings say or in an empty database."""
     if settings.api_key is not None:
         await _add_key(store, project_id, DEFAULT_PROJECT, settings.api_key.get_secret_value())
         return None
     if settings.projects or not settings.server.auth or await store.list_keys():
         return None
     key = new_key()
+    # Before it is good: of one that nobody can read, there would never be another.
+    try:
+        _write_private(settings.data_dir / KEY_FILE, f"{key}\n")
+    except OSError as error:
+        raise InvalidSettings(
+            f"The data directory {settings.data_dir} cannot be used: {error.strerror}. The "
+            "first key is kept there; set data_dir to another directory, or set api_key."
+        ) from error
     await _add_key(store, project_id, DEFAULT_PROJECT, key)
-    _write_private(settings.data_dir / KEY_FILE, f"{key}\n")
     return key
 
 
 def _write_private(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.unlink(missing_ok=True)
     path.touch(mode=0o600)
     path.write_text(text)
