@@ -232,8 +232,8 @@ class Metrics:
         if self.pending_lines is not None:
             yield GaugeMetricFamily(
                 "penstock_pending_lines",
-                "Lines of all batches that lack their result, in the whole cluster, but for those "
-                "that a provider's batch API has.",
+                "Lines of all batches that lack their result, in the whole cluster, but for "
+                "those that a provider's batch API has.",
                 self.pending_lines,
             )
         yield HistogramMetricFamily(
