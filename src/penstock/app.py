@@ -333,6 +333,7 @@ async def _work(
         targets=targets,
         policy=deliveries,
         stop_grace_s=settings.server.shutdown_grace_s,
+        is_alone=is_alone,
     )
     engine.handle(JobKind.VALIDATE, lifecycle.validate)
     engine.handle(JobKind.SLICE, worker.run_slice)
