@@ -89,6 +89,8 @@ _FILE_LIFE_S = 30 * 86400
 """How long input and result files are kept, as OpenAI keeps them."""
 _COUNT_S = 5.0
 """How often the lines that wait are counted."""
+_PING_S = 2.0
+"""How often an API without workers asks whether the database takes writes."""
 _CLOCK_S = 10.0
 """How often the database is asked for its time."""
 _DRAIN_S = 5.0
@@ -172,6 +174,9 @@ async def open_app(
         if serves:
             counting = asyncio.create_task(_count_pending(store, ground.metrics))
             stack.callback(counting.cancel)
+        if not works:
+            watching = asyncio.create_task(_watch_database(store, ground.health))
+            stack.callback(watching.cancel)
         limits = _service_limits(settings)
         yield App(
             service=Service(
@@ -227,6 +232,21 @@ async def _count_pending(store: SqlStore, metrics: Metrics) -> None:
         with contextlib.suppress(StorageUnavailable):
             metrics.pending_lines = await store.count_pending_lines(now=int(clock.now()))
         await asyncio.sleep(_COUNT_S)
+
+
+async def _watch_database(store: SqlStore, health: Health) -> None:
+    """Let an API that is alone in its process tell whether the database takes writes, until
+    cancelled. Beside workers, these tell it."""
+    while True:
+        try:
+            await store.ping()
+        except StorageUnavailable as error:
+            if health.fail("database", str(error)):
+                _log.error("The database takes no writes.", error=str(error))
+        else:
+            if health.recover("database"):
+                _log.info("The database takes writes again.")
+        await asyncio.sleep(_PING_S)
 
 
 def open_storage(settings: Settings) -> FolderBlobs | ObjectBlobs:
