@@ -92,8 +92,8 @@ _FILE_LIFE_S = 30 * 86400
 """How long input and result files are kept, as OpenAI keeps them."""
 _COUNT_S = 5.0
 """How often the lines that wait are counted."""
-_READS = "database_reads"
-"""A fault of its own: a database that takes no writes may still be read."""
+_PING_S = 2.0
+"""How often an API without workers asks whether the database takes writes."""
 _CLOCK_S = 10.0
 """How often the database is asked for its time."""
 _DRAIN_S = 5.0
@@ -175,8 +175,11 @@ async def open_app(
             )
             await stack.enter_async_context(work)
         if serves:
-            counting = asyncio.create_task(_count_pending(store, ground.metrics, ground.health))
+            counting = asyncio.create_task(_count_pending(store, ground.metrics))
             stack.callback(counting.cancel)
+        if not works:
+            watching = asyncio.create_task(_watch_database(store, ground.health))
+            stack.callback(watching.cancel)
         limits = _service_limits(settings)
         yield App(
             service=Service(
@@ -226,21 +229,27 @@ async def _open_ground(settings: Settings, stack: contextlib.AsyncExitStack) -> 
     return _Ground(engine, store, blobs, segments, routes, health, Metrics(health))
 
 
-async def _count_pending(store: SqlStore, metrics: Metrics, health: Health) -> None:
-    """Keep count of the lines that wait, for `/metrics`, until cancelled.
+async def _count_pending(store: SqlStore, metrics: Metrics) -> None:
+    """Keep count of the lines that wait, for `/metrics`, until cancelled."""
+    while True:
+        with contextlib.suppress(StorageUnavailable):
+            metrics.pending_lines = await store.count_pending_lines(now=int(clock.now()))
+        await asyncio.sleep(_COUNT_S)
 
-    While they cannot be counted the API cannot answer either, which `/readyz` tells.
-    """
+
+async def _watch_database(store: SqlStore, health: Health) -> None:
+    """Let an API that is alone in its process tell whether the database takes writes, until
+    cancelled. Beside workers, these tell it."""
     while True:
         try:
-            metrics.pending_lines = await store.count_pending_lines(now=int(clock.now()))
+            await store.ping()
         except StorageUnavailable as error:
-            if health.fail(_READS, str(error)):
-                _log.error("The database cannot be read; trying again.", error=str(error))
+            if health.fail("database", str(error)):
+                _log.error("The database takes no writes.", error=str(error))
         else:
-            if health.recover(_READS):
-                _log.info("The database can be read again.")
-        await asyncio.sleep(_COUNT_S)
+            if health.recover("database"):
+                _log.info("The database takes writes again.")
+        await asyncio.sleep(_PING_S)
 
 
 def open_storage(settings: Settings) -> FolderBlobs | ObjectBlobs:
@@ -347,6 +356,7 @@ async def _work(
         targets=targets,
         policy=deliveries,
         stop_grace_s=settings.server.shutdown_grace_s,
+        is_alone=is_alone,
     )
     engine.handle(JobKind.VALIDATE, lifecycle.validate)
     engine.handle(JobKind.SLICE, worker.run_slice)
@@ -497,7 +507,7 @@ def _webhook_id(project_id: ProjectId, url: str) -> WebhookId:
 
 
 async def _ensure_key(settings: Settings, store: SqlStore, project_id: ProjectId) -> str | None:
-    """Make the key of the project `default`, as the settings say or on an empty directory."""
+    """Make the key of the project `default`, as the settings say or in an empty database."""
     if settings.api_key is not None:
         await _add_key(store, project_id, DEFAULT_PROJECT, settings.api_key.get_secret_value())
         return None

@@ -17,6 +17,10 @@ from penstock.terminal import clean, summary, watch
 
 _UNREADABLE = "(unreadable)"
 """The one review of the example that the simulator refuses, to show what failing looks like."""
+_SETTINGS = "demo.toml"
+"""An empty settings file, in place of one that may lie in the working directory."""
+_ALONE = {"PENSTOCK_DATABASE_URL": "", "PENSTOCK_STORAGE_URL": ""}
+"""Keeps the demo, whose upstream makes its answers up, out of a cluster."""
 
 
 def find_examples() -> Path:
@@ -45,6 +49,7 @@ def run_demo(data_dir: Path, console: Console) -> BatchObject:
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         (data_dir / "simulator.log").touch()
+        (data_dir / _SETTINGS).touch()
     except OSError as error:
         raise InvalidRequest(
             f"{data_dir} cannot be used: {error.strerror}. Choose another with --data-dir."
@@ -68,6 +73,7 @@ def run_demo(data_dir: Path, console: Console) -> BatchObject:
             ["serve", "--port", str(port), "--data-dir", str(data_dir), "--upstream", upstream],
             log=data_dir / "server.log",
             ready_url=f"http://127.0.0.1:{port}/readyz",
+            environment=_ALONE | {"PENSTOCK_CONFIG": str(data_dir / _SETTINGS)},
         ),
     ):
         key = (data_dir / KEY_FILE).read_text().strip()

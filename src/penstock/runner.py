@@ -52,7 +52,8 @@ async def run_file(
     """Run a checked file and write its results.
 
     Args:
-        settings: With `data_dir` being `paths.state`.
+        settings: With `data_dir` being `paths.state`. Of a cluster that they name, nothing is
+            read or touched: all is in that directory.
         on_start: Called with whether an earlier run of this file is taken up.
         on_progress: Called with the batch as it stands, several times a second.
 
@@ -89,8 +90,10 @@ async def run_file(
 
 @contextlib.asynccontextmanager
 async def _open_app(settings: Settings, paths: Paths) -> AsyncGenerator[App]:
+    # An empty database beside a storage that others use would take their files for leftovers.
+    alone = settings.model_copy(update={"database_url": None, "storage_url": None})
     try:
-        async with open_app(settings) as app:
+        async with open_app(alone) as app:
             yield app
     except DataDirInUse:
         raise DataDirInUse(

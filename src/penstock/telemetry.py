@@ -176,7 +176,7 @@ class Metrics:
         self._measure_lanes: Callable[[], Mapping[str, LaneGauges]] = dict
         self._count_slices: Callable[[], int] = int
         self.pending_lines: int | None = None
-        """Lines of all batches that lack their result; None where nobody counts them."""
+        """Lines for workers of all batches that lack their result; None where nobody counts."""
         self._registry = CollectorRegistry(auto_describe=False)
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
@@ -232,7 +232,8 @@ class Metrics:
         if self.pending_lines is not None:
             yield GaugeMetricFamily(
                 "penstock_pending_lines",
-                "Lines of all batches that lack their result, in the whole cluster.",
+                "Lines of all batches that lack their result, in the whole cluster, but for "
+                "those that a provider's batch API has.",
                 self.pending_lines,
             )
         yield HistogramMetricFamily(

@@ -1,6 +1,7 @@
 """The program as a person runs it: real processes, ended in every way there is."""
 
 import json
+import os
 import random
 import signal
 import socket
@@ -19,6 +20,7 @@ import pytest
 from benchmarks import harness
 
 from tests.disks import small_disk
+from tests.object_stores import S3Bucket, moto
 
 PATIENCE_S = 60.0
 
@@ -34,7 +36,9 @@ def wait_for_lines(upstream: harness.Process, count: int) -> None:
     until(lambda: harness.stats(upstream)["lines"] >= count, f"{count} lines were sent")
 
 
-def penstock(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Popen[str]:
+def penstock(
+    *arguments: str | Path, cwd: Path | None = None, **environment: str
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "penstock", *map(str, arguments)],
         stdin=subprocess.DEVNULL,
@@ -42,6 +46,7 @@ def penstock(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Pope
         stderr=subprocess.PIPE,
         text=True,
         cwd=cwd,
+        env={**os.environ, **environment},
     )
 
 
@@ -249,6 +254,33 @@ def test_run_sends_nothing_of_a_file_with_faults(
     assert "in.jsonl:6: missing_required_parameter (custom_id)" in told + errors
     assert harness.stats(slow_upstream)["requests"] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_run_leaves_the_cluster_of_its_settings_alone(
+    tmp_path: Path, slow_upstream: harness.Process
+) -> None:
+    harness.write_input(tmp_path / "in.jsonl", 5, 300)
+    with moto() as server:
+        bucket = S3Bucket(server)
+        kept = ["files/file-1", "parts/upload-1/part-1", "segments/batch-1/00000000.000001.a"]
+        for key in kept:
+            bucket.set(key, b"of a cluster")
+        run = penstock(
+            *("run", "in.jsonl", "--upstream", f"{slow_upstream.url}/v1"),
+            cwd=tmp_path,
+            # Nothing listens there: to ask it would fail.
+            PENSTOCK_DATABASE_URL=f"postgresql://penstock@127.0.0.1:{harness.free_port()}/x",
+            PENSTOCK_STORAGE_URL=bucket.url,
+            AWS_ENDPOINT_URL=server.url,
+            AWS_REGION="us-east-1",
+            AWS_ACCESS_KEY_ID=server.access_key_id,
+            AWS_SECRET_ACCESS_KEY=server.secret_access_key,
+        )
+        _, errors = run.communicate(timeout=PATIENCE_S)
+
+        assert run.returncode == 0, errors
+        assert bucket.everything() == kept
+    assert harness.count_results(tmp_path / "in.output.jsonl") == (5, 5)
 
 
 def _listens(port: int) -> bool:

@@ -1,18 +1,15 @@
-"""The API of a cluster: its first key, and what it says while the database is away."""
+"""The API of a cluster: its first key, and what `check` asks of it."""
 
-import asyncio
 from pathlib import Path
 
 import pytest
 
-from penstock import app as app_module
 from penstock.app import open_app
 from penstock.checkup import Verdict, check_all
 from penstock.errors import InvalidSettings
 from penstock.places import KEY_FILE
 from penstock.settings import Settings
 from penstock.store.sql import SqlStore
-from tests.postgres import PostgresServer
 
 
 @pytest.fixture(autouse=True)
@@ -60,29 +57,6 @@ async def test_a_first_key_that_cannot_be_kept_is_not_made(
             pass
 
     assert await find_keys(migrated_url) == 0
-
-
-async def test_an_api_whose_database_is_away_is_not_ready_until_it_is_back(
-    own_postgres: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(app_module, "_COUNT_S", 0.05)
-    store = SqlStore(own_postgres.url)
-    await store.migrate()
-    await store.close()
-
-    async with (
-        asyncio.timeout(60),
-        open_app(settings(own_postgres.url, tmp_path), works=False) as app,
-    ):
-        assert app.health.faults() == {}
-        await asyncio.to_thread(own_postgres.stop)
-        while not app.health.faults():
-            await asyncio.sleep(0.05)
-        assert app.health.faults()["database_reads"].startswith("The database ")
-
-        await asyncio.to_thread(own_postgres.start)
-        while app.health.faults():
-            await asyncio.sleep(0.05)
 
 
 async def test_a_cluster_is_not_checked_for_a_data_directory_that_it_does_not_have(

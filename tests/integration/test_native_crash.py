@@ -192,10 +192,18 @@ class NoEngine:
 class Process:
     """A process over a data directory, until it ends."""
 
-    def __init__(self, data_dir: Path, provider: Provider, clock: Clockwork) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        provider: Provider,
+        clock: Clockwork,
+        *,
+        blobs: FolderBlobs | None = None,
+        lease_s: float = 30.0,
+    ) -> None:
         self.store = SqlStore(store_url(data_dir))
         self.segments = LocalSegments(data_dir / "segments")
-        self.blobs = FolderBlobs(data_dir / "blobs")
+        self.blobs = blobs or FolderBlobs(data_dir / "blobs")
         self.wound = clock.wind(
             SqlStore(store_url(data_dir)),
             "keep_native_run",
@@ -217,7 +225,7 @@ class Process:
                 health=Health(),
                 stats=WorkStats(),
                 worker_id="w",
-                lease_s=30.0,
+                lease_s=lease_s,
             ),
             policy=NOW,
             feed=lambda: None,

@@ -444,10 +444,38 @@ async def test_an_event_is_not_sent_again_because_its_report_was_not_kept(
     assert len(receiver.requests) == 2
 
 
-class run_deliverer:  # noqa: N801  (used as a function)
-    """A deliverer over a store that is flaky, and nothing beside it."""
+async def test_a_worker_with_older_settings_leaves_an_event_to_the_others(
+    tmp_path: Path, upstream: ScriptedUpstream, receiver: ScriptedUpstream
+) -> None:
+    receiver.behave = lambda *_: stall()
+    async with open_bench(tmp_path, upstream, hook(receiver)) as bench:
+        await end_one(bench)
+        await receiver.wait_for_requests(1)
+    receiver.behave = lambda *_: empty()
 
-    def __init__(self, data_dir: Path, receiver: ScriptedUpstream) -> None:
+    async with run_deliverer(tmp_path, receiver, knows=False) as store:
+
+        async def is_tried_again() -> bool:
+            [delivery] = await store.list_deliveries(ALL)
+            assert delivery.status is DeliveryStatus.PENDING
+            return delivery.attempts > 1
+
+        await until(is_tried_again)
+    async with run_deliverer(tmp_path, receiver):
+        await receiver.wait_for_requests(2)
+
+
+class run_deliverer:  # noqa: N801  (used as a function)
+    """A deliverer over a store that is flaky, and nothing beside it.
+
+    Args:
+        knows: Whether the webhook is in its settings; else it is one of a cluster's workers.
+    """
+
+    def __init__(
+        self, data_dir: Path, receiver: ScriptedUpstream, *, knows: bool = True
+    ) -> None:
+        self._knows = knows
         self._engine = MemoryEngine()
         self._store = FlakyStore(store_url(data_dir), jobs=self._engine)
         self._url = f"http://127.0.0.1:{receiver.port}/hook"
@@ -462,9 +490,10 @@ class run_deliverer:  # noqa: N801  (used as a function)
             store=self._store,
             engine=self._engine,
             sender=self._sender,
-            targets={webhook.id: target},
+            targets={webhook.id: target} if self._knows else {},
             policy=QUICK,
             stop_grace_s=0,
+            is_alone=self._knows,
         )
         self._engine.handle(JobKind.WEBHOOK, self._deliverer.deliver)
         await self._engine.enqueue(await self._store.list_due_deliveries(until=None))

@@ -274,6 +274,29 @@ def test_a_name_whose_answer_was_lost_does_no_harm(
     assert ground.stored() == []
 
 
+@pytest.mark.parametrize("lines", [[3], [3, 4, 5, 6, 7, 8, 9, 10]], ids=["some", "whole"])
+def test_who_loses_the_slice_then_deletes_nothing_that_another_has_taken_over(
+    ground: LossyGround, lines: list[int]
+) -> None:
+    lost = ground.segments.open(BATCH, 0, ground.claim(), requests=LINES)
+    append(lost, 1, 2)
+    ground.segments.flush([lost])
+    ground.store.loses_answers = True
+    append(lost, *lines)
+    with pytest.raises(StorageUnavailable, match="went away"):
+        ground.segments.flush([lost])
+    ground.store.loses_answers = False
+    taker = ground.segments.open(BATCH, 0, ground.claim(), requests=LINES)
+
+    ground.segments.flush([lost])
+    ground.settle()
+
+    assert lost.is_lost
+    assert taker.lines == {1, 2, *lines}
+    found = replies_of(ground.segments.read(BATCH, 0))
+    assert found == {line: payload(line) for line in [1, 2, *lines]}
+
+
 def test_a_slice_whose_earlier_replies_are_gone_is_not_taken_for_whole(
     ground: LossyGround,
 ) -> None:

@@ -76,6 +76,8 @@ class _Stored:
     row: SegmentObject
     replaces: tuple[str, ...] | None = None
     """The keys of the objects in whose place it comes; None if it comes beside them."""
+    may_be_named: bool = False
+    """Whether there may be a row after all: who has the slice now may have read it."""
 
 
 class ObjectWriter(SegmentWriter):
@@ -121,7 +123,7 @@ class ObjectWriter(SegmentWriter):
         have failed may be there all the same."""
         if self.stored is not None:
             row = replace(self.stored.row, number=self._next_number())
-            self.stored = replace(self.stored, row=row)
+            self.stored = replace(self.stored, row=row, may_be_named=True)
 
     def _next_number(self) -> int:
         number, self._number = self._number, self._number + 1
@@ -214,14 +216,21 @@ class ObjectSegments:
             *(self._store.replace_segment_objects(each.row) for _, _, each in whole),
             return_exceptions=True,
         )
-        unused: list[str] = [each.row.key for writer, _, each in beside if writer in lost]
+        unused: list[str] = [
+            each.row.key
+            for writer, _, each in beside
+            if writer in lost and not each.may_be_named  # it goes with its batch
+        ]
         for (writer, data, stored), outcome in zip(whole, replaced, strict=True):
             if outcome is True:
                 unused += stored.replaces or ()
                 writer.keep(len(data))
             elif outcome is False:
-                unused.append(stored.row.key)
+                if not stored.may_be_named:
+                    unused.append(stored.row.key)
                 writer.give_up()
+            else:
+                writer.stored = replace(stored, may_be_named=True)
         self._discard(unused)
         for failure in (*failures, *replaced):
             if isinstance(failure, BaseException):

@@ -15,7 +15,7 @@ from penstock.executor.keeper import Keeper
 from penstock.executor.replies import error_line, reply_line
 from penstock.executor.retry import may_pass
 from penstock.jsonl import RequestLine, iter_requests
-from penstock.model import Batch, NativeRun, Slice, SliceId, SliceStatus
+from penstock.model import Batch, NativeRun, Slice, SliceStatus
 from penstock.store.base import ClaimedSlice, SliceReport, Store
 from penstock.telemetry import Health, WorkStats
 from penstock.upstream.base import (
@@ -231,8 +231,6 @@ class Collector:
                     await self._fill_up(each, batch, writing, upstream, job)
             finally:
                 await writing.flush()
-            if any(each.is_lost for each in taken):
-                raise SliceBusy
 
     async def _fill_up(
         self,
@@ -260,7 +258,11 @@ class Collector:
     async def _taken(
         self, run: NativeRun, pieces: Sequence[Slice]
     ) -> AsyncGenerator[list[_Taken]]:
-        """Hold the slices of a run, and report at the end what they have."""
+        """Hold the slices of a run, and report at the end what they have.
+
+        Raises:
+            SliceBusy: Another worker holds one, from the start or at the end.
+        """
         batch = await self._store.get_batch(run.batch_id)
         claims = await self._store.claim_slices(
             [piece.id for piece in pieces],
@@ -270,18 +272,19 @@ class Collector:
             native_run=run.id,
         )
         taken: list[_Taken] = []
+        # From now on, for there may be so many that to open them takes longer than a lease.
+        extending = asyncio.create_task(self._extend(claims, taken))
         try:
             if len(claims) < len(pieces):
                 raise SliceBusy
             for claim in claims:
                 taken.append(await self._open(claim, batch))  # noqa: PERF401  (each is let go)
-            extending = asyncio.create_task(self._extend(taken))
-            try:
-                yield taken
-            finally:
-                extending.cancel()
+            yield taken
         finally:
+            extending.cancel()
             await self._let_go(claims, taken)
+        if any(each.is_lost for each in taken):
+            raise SliceBusy
 
     async def _open(self, claim: ClaimedSlice, batch: Batch) -> _Taken:
         piece = claim.slice
@@ -291,45 +294,38 @@ class Collector:
         return _Taken(piece, writer, {line.line: line.custom_id for line in lines})
 
     async def _let_go(self, claims: Sequence[ClaimedSlice], taken: Sequence[_Taken]) -> None:
-        opened = {each.slice.id for each in taken}
         reports = [each.report(ends=_is_whole(each)) for each in taken if not each.is_lost]
-        reports += [
-            SliceReport(
-                id=claim.slice.id,
-                attempt=claim.slice.attempt,
-                completed=claim.slice.completed,
-                failed=claim.slice.failed,
-                usage=claim.slice.usage,
-                ends=False,
-            )
-            for claim in claims
-            if claim.slice.id not in opened
-        ]
+        reports += [_unchanged(claim, ends=False) for claim in claims[len(taken) :]]
         try:
             if reports:
-                await self._report(reports)
+                await self._report(reports, taken)
         finally:
             for each in taken:
                 each.writer.close()
 
-    async def _extend(self, taken: Sequence[_Taken]) -> None:
-        """Extend the leases, and tell how far it has come."""
+    async def _extend(self, claims: Sequence[ClaimedSlice], taken: Sequence[_Taken]) -> None:
+        """Extend the leases, and tell how far it has come.
+
+        Args:
+            taken: Those of the first claims, as far as they are opened by now.
+        """
         while True:
             await asyncio.sleep(self._lease_s / 3)
-            held = [each for each in taken if not each.is_lost]
+            reports = [each.report(ends=None) for each in taken if not each.is_lost]
+            reports += [_unchanged(claim, ends=None) for claim in claims[len(taken) :]]
             try:
-                lost = await self._report([each.report(ends=None) for each in held])
+                await self._report(reports, taken)
             except StorageUnavailable as error:
                 _log.warning("Leases cannot be extended for now.", error=str(error))
-                continue
-            for each in held:
-                each.is_lost = each.slice.id in lost
 
-    async def _report(self, reports: Sequence[SliceReport]) -> set[SliceId]:
+    async def _report(self, reports: Sequence[SliceReport], taken: Sequence[_Taken]) -> None:
+        """Report, and note which slices were lost. One that is not opened yet is found to be
+        so by its next report."""
         lost = await self._store.report_slices(reports, lease_s=self._lease_s, now=clock.now())
         for name in lost:
             _log.warning("A slice was claimed by another worker meanwhile.", slice_id=name)
-        return lost
+        for each in taken:
+            each.is_lost = each.is_lost or each.slice.id in lost
 
 
 class _Writing:
@@ -396,3 +392,16 @@ class _Writing:
 
 def _is_whole(taken: _Taken) -> bool:
     return not taken.writer.is_dirty and len(taken.writer.lines) == taken.slice.requests
+
+
+def _unchanged(claim: ClaimedSlice, *, ends: bool | None) -> SliceReport:
+    """What is to be told of a slice that is not opened."""
+    piece = claim.slice
+    return SliceReport(
+        id=piece.id,
+        attempt=piece.attempt,
+        completed=piece.completed,
+        failed=piece.failed,
+        usage=piece.usage,
+        ends=ends,
+    )

@@ -70,6 +70,8 @@ class Deliverer:
     Args:
         targets: The webhooks of the settings. An event for another one fails.
         stop_grace_s: How long attempts in flight may go on after `stop`.
+        is_alone: Whether no other process can have settings that name the other one. If one
+            can, as while a cluster is restarted with new settings, the event is tried again.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Deliverer:
         targets: Mapping[WebhookId, WebhookTarget],
         policy: DeliveryPolicy,
         stop_grace_s: float,
+        is_alone: bool = True,
     ) -> None:
         self._store = store
         self._engine = engine
@@ -88,6 +91,7 @@ class Deliverer:
         self._targets = targets
         self._policy = policy
         self._stop_grace_s = stop_grace_s
+        self._is_alone = is_alone
         self._places: defaultdict[WebhookId, asyncio.Semaphore] = defaultdict(
             lambda: asyncio.Semaphore(_AT_ONCE)
         )
@@ -132,7 +136,8 @@ class Deliverer:
             reply = WebhookReply(error=_GONE)
             if target is not None:
                 reply = await self._attempt(delivery, target)
-            report = self._judge(delivery, reply, may_pass=target is not None)
+            may_pass = target is not None or not self._is_alone
+            report = self._judge(delivery, reply, may_pass=may_pass)
             _tell(delivery, report)
             await self._until_stored(lambda: self._store.report_delivery(report))
 

@@ -524,7 +524,8 @@ class Store(Protocol):
         ...
 
     async def count_pending_lines(self, *, now: int) -> int:
-        """How many lines lack their result, of all batches whose lines are run."""
+        """How many lines lack their result, of all batches whose lines are run; those of
+        native runs, for which no worker can do anything, are not among them."""
         ...
 
     async def claim_slices(

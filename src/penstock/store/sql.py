@@ -567,6 +567,7 @@ _COUNT_PENDING = (
         batches.c.status.in_(_CLAIMABLE),
         batches.c.expires_at > bindparam("now"),
         slices.c.status != SliceStatus.ENDED,
+        slices.c.native_run.is_(None),
     )
 )
 

@@ -126,6 +126,16 @@ class NativeRunContract:
         assert indexes_of(claimed) == [1, 2]
         assert await store.list_backlog(now=NOON) == []
 
+    async def test_lines_of_a_run_do_not_wait_for_workers_until_it_lets_go(
+        self, store: Store
+    ) -> None:
+        run = await start_native(store)
+        lines = [piece.requests for piece in await store.get_slices(BATCH)]
+
+        assert await store.count_pending_lines(now=NOON) == lines[1] + lines[2]
+        await keep(store, replace(run, status=NativeRunStatus.ENDED, due_at=None))
+        assert await store.count_pending_lines(now=NOON) == sum(lines)
+
     async def test_only_its_own_run_claims_a_slice(self, store: Store) -> None:
         await start_native(store)
 
