@@ -17,7 +17,7 @@ import os
 import resource
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from penstock.blobs.objects import ObjectBlobs
 from penstock.blobs.segments import Segments
 from penstock.blobs.storage import open_blobs
 from penstock.engine.memory import MemoryEngine
-from penstock.errors import DataDirInUse, InvalidSettings, StorageUnavailable
+from penstock.errors import DataDirInUse, InvalidSettings, NotFound, StorageUnavailable
 from penstock.executor.admission import AdmissionPolicy
 from penstock.executor.budgets import Budgets
 from penstock.executor.circuit import CircuitPolicy
@@ -94,6 +94,8 @@ _COUNT_S = 5.0
 """How often the lines that wait are counted."""
 _PING_S = 2.0
 """How often an API without workers asks whether the database takes writes."""
+_OWNER = "owner"
+"""The object that names the database to which a storage belongs."""
 _CLOCK_S = 10.0
 """How often the database is asked for its time."""
 _DRAIN_S = 5.0
@@ -162,6 +164,15 @@ async def open_app(
         ground = await _open_ground(settings, stack)
         store = ground.store
         project_id, choices = await _ensure_projects(settings, store)
+        may_sweep = settings.storage_url is None
+        if settings.storage_url is not None:
+            try:
+                await _claim_storage(ground.blobs, settings.storage_url, project_id)
+                may_sweep = True
+            except StorageUnavailable as error:
+                if settings.database_url is None:
+                    raise
+                _log.warning("It is not known yet whose the storage is.", error=str(error))
         targets = await _ensure_webhooks(settings, store)
         first_key = await _ensure_key(settings, store, project_id) if serves else None
         if works:
@@ -172,6 +183,7 @@ async def open_app(
                 deliveries=deliveries,
                 circuits=circuits,
                 natives=natives,
+                may_sweep=may_sweep,
             )
             await stack.enter_async_context(work)
         if serves:
@@ -257,6 +269,37 @@ def open_storage(settings: Settings) -> FolderBlobs | ObjectBlobs:
     return open_blobs(settings.storage_url or str(settings.data_dir / "blobs"), {})
 
 
+async def _claim_storage(
+    blobs: FolderBlobs | ObjectBlobs, url: str, project_id: ProjectId
+) -> None:
+    """Make sure that a storage belongs to this database: to another, what it keeps would look
+    as if nothing named it, and be deleted.
+
+    Args:
+        project_id: Of the project `default`, by which the database is known.
+
+    Raises:
+        InvalidSettings: It belongs to another.
+        StorageUnavailable: It does not answer.
+    """
+    try:
+        owner = await blobs.get_range(_OWNER, 0, await blobs.size(_OWNER))
+    except NotFound:
+
+        async def name() -> AsyncIterator[bytes]:
+            yield project_id.encode()
+
+        await blobs.put(_OWNER, name())
+        return
+    if owner.decode(errors="replace") != project_id:
+        raise InvalidSettings(
+            f"The storage {url} belongs to another Penstock database. Take another prefix, "
+            f"such as {url}/{project_id}, or the database_url that it belongs to; if that "
+            f"database is gone for good, delete what is there, or only the object '{_OWNER}' "
+            "to take it over."
+        )
+
+
 async def _set_clock(store: SqlStore) -> None:
     """Follow the database's clock from now on."""
     asked_at = time.monotonic()
@@ -280,8 +323,13 @@ async def _work(
     deliveries: DeliveryPolicy,
     circuits: CircuitPolicy,
     natives: NativePolicy,
+    may_sweep: bool,
 ) -> AsyncGenerator[None]:
-    """Run what batches need, until the context ends."""
+    """Run what batches need, until the context ends.
+
+    Args:
+        may_sweep: Whether the storage is surely that of this database.
+    """
     store, blobs, segments = ground.store, ground.blobs, ground.segments
     engine, routes, metrics = ground.engine, ground.routes, ground.metrics
     options = _worker_options(settings, circuits, segments)
@@ -364,7 +412,8 @@ async def _work(
     engine.handle(JobKind.EXPIRE, lifecycle.expire)
     engine.handle(JobKind.WEBHOOK, deliverer.deliver)
     engine.handle(JobKind.NATIVE, runner.advance)
-    engine.handle(JobKind.SWEEP, sweeper.sweep)
+    if may_sweep:  # else others do
+        engine.handle(JobKind.SWEEP, sweeper.sweep)
     loops = [
         feeder.run(),
         keep_up(store=store, blobs=blobs),
