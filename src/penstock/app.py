@@ -242,10 +242,13 @@ async def _open_ground(settings: Settings, stack: contextlib.AsyncExitStack) -> 
 
 
 async def _count_pending(store: SqlStore, metrics: Metrics) -> None:
-    """Keep count of the lines that wait, for `/metrics`, until cancelled."""
+    """Keep count of the lines that wait, here or at providers, for `/metrics`, until
+    cancelled."""
     while True:
         with contextlib.suppress(StorageUnavailable):
             metrics.pending_lines = await store.count_pending_lines(now=int(clock.now()))
+            natives = await store.count_native_lines()
+            metrics.native_lines = {(name, str(at)): n for (name, at), n in natives.items()}
         await asyncio.sleep(_COUNT_S)
 
 

@@ -137,6 +137,8 @@ class UpstreamState:
     """How many may ever be."""
     reasons: list[str] = field(default_factory=list[str])
     """What keeps lines waiting now."""
+    batches: dict[str, int] = field(default_factory=dict[str, int])
+    """How many lines its own batch API has or is to have, by where they stand."""
 
 
 class _FileObject(msgspec.Struct):
@@ -453,4 +455,7 @@ def _read_upstreams(text: str) -> list[UpstreamState]:
             elif sample.name == "penstock_upstream_limited" and sample.value:
                 state = found.setdefault(name, UpstreamState(name))
                 state.reasons.append(sample.labels.get("reason", ""))
+            elif sample.name == "penstock_native_lines" and sample.value:
+                state = found.setdefault(name, UpstreamState(name))
+                state.batches[sample.labels.get("status", "")] = int(sample.value)
     return list(found.values())

@@ -177,6 +177,8 @@ class Metrics:
         self._count_slices: Callable[[], int] = int
         self.pending_lines: int | None = None
         """Lines for workers of all batches that lack their result; None where nobody counts."""
+        self.native_lines: Mapping[tuple[str, str], int] = {}
+        """Lines that batch APIs of providers have or are to have, by upstream and status."""
         self._registry = CollectorRegistry(auto_describe=False)
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
@@ -236,6 +238,14 @@ class Metrics:
                 "those that a provider's batch API has.",
                 self.pending_lines,
             )
+        natives = GaugeMetricFamily(
+            "penstock_native_lines",
+            "Lines that providers run in batches of their own, or soon will.",
+            labels=["upstream", "status"],
+        )
+        for (upstream, status), count in sorted(self.native_lines.items()):
+            natives.add_metric([upstream, status], count)
+        yield natives
         yield HistogramMetricFamily(
             "penstock_flush_duration_seconds",
             "How long it took to make a group of results durable.",

@@ -310,6 +310,13 @@ def batches_table(batches: Iterable[BatchObject], *, now: float) -> Table:
     return made
 
 
+_AT_PROVIDER = {
+    "waiting": "to be submitted",
+    "submitting": "being submitted",
+    "submitted": "at work there",
+    "collecting": "being collected",
+}
+"""Where lines of a provider's batch stand, for a person."""
 _REASONS = {
     "slow_start": "more follow while that brings more work done",
     "refusals": "it has refused requests or timed out",
@@ -366,11 +373,22 @@ def batch_view(
 
 def _upstream(state: UpstreamState) -> str:
     """How many lines are in flight to an upstream, and what keeps more from being so."""
+    if state.batches and not state.in_flight:
+        return _batches(state)
     reasons = "; ".join(_REASONS.get(reason, reason) for reason in state.reasons)
     told = f"{state.in_flight:,} lines in flight, {state.limit:,} allowed now"
     if state.limit < state.most:
         told += f", {state.most:,} at most"
     return f"{told}: {reasons}" if reasons else told
+
+
+def _batches(state: UpstreamState) -> str:
+    """How many lines stand where at the upstream's own batch API."""
+    told = (
+        f"{count:,} lines {_AT_PROVIDER.get(status, status)}"
+        for status, count in sorted(state.batches.items())
+    )
+    return f"its batch API: {', '.join(told)}"
 
 
 def _expiry(batch: BatchObject, now: float) -> str | None:

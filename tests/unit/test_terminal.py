@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from penstock.client import BatchObject, Client, ServerFailed
+from penstock.client import BatchObject, Client, ServerFailed, UpstreamState
 from penstock.terminal import Pace, batch_view, batches_table, clean, span, summary, watch
 
 from .stub_server import KEY, NOON, Stub, a_batch, run_stub
@@ -224,3 +224,13 @@ def test_a_summary_says_how_the_lines_ended() -> None:
     assert summary(ended) == (
         f"Batch {ended.id} expired in 1m 30s: 6 of 10 lines succeeded, 4 failed."
     )
+
+
+def test_lines_that_a_provider_has_are_shown_as_such() -> None:
+    state = UpstreamState("openai", limit=128, most=256)
+    state.batches = {"submitted": 5000, "waiting": 20}
+
+    text = shown(batch_view(batch(status="in_progress"), now=NOON, upstreams=[state]))
+
+    assert "its batch API: 5,000 lines at work there, 20 lines to be submitted" in text
+    assert "allowed now" not in text

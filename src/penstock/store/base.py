@@ -28,6 +28,7 @@ from penstock.model import (
     KeyId,
     NativeRun,
     NativeRunId,
+    NativeRunStatus,
     Once,
     Part,
     PartId,
@@ -615,6 +616,10 @@ class Store(Protocol):
         Args:
             until: Only those that are due then; None lists all.
         """
+        ...
+
+    async def count_native_lines(self) -> dict[tuple[str, NativeRunStatus], int]:
+        """How many lines the runs have that have not ended, by upstream and status."""
         ...
 
     async def get_native_slices(self, run_id: NativeRunId) -> list[Slice]:

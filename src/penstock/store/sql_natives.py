@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sqlalchemy import Connection, Double, bindparam, case, insert, select, update
+from sqlalchemy import Connection, Double, bindparam, case, func, insert, select, update
 
 from penstock.errors import NotFound
 from penstock.model import (
@@ -51,6 +51,12 @@ class NativeStore(SqlTransactions):
             statement = statement.where(native_jobs.c.due_at <= until)
         rows = await self._read(statement)
         return [native_job(to_native_run(row)) for row in rows]
+
+    async def count_native_lines(self) -> dict[tuple[str, NativeRunStatus], int]:
+        rows = await self._read(_COUNT_LINES)
+        return {
+            (row["upstream"], NativeRunStatus(row["status"])): int(row["lines"]) for row in rows
+        }
 
     async def get_native_slices(self, run_id: NativeRunId) -> list[Slice]:
         return [to_slice(row) for row in await self._read(_SLICES_OF_RUN, {"of_run": run_id})]
@@ -144,6 +150,16 @@ _GET_RUN = _RUNS.where(native_jobs.c.id == bindparam("of_run"))
 
 _RUNS_OF_BATCH = _RUNS.where(native_jobs.c.batch_id == bindparam("batch_id")).order_by(
     native_jobs.c.seq
+)
+
+_COUNT_LINES = (
+    select(
+        native_jobs.c.upstream,
+        native_jobs.c.status,
+        func.sum(native_jobs.c.requests).label("lines"),
+    )
+    .where(native_jobs.c.status != NativeRunStatus.ENDED)
+    .group_by(native_jobs.c.upstream, native_jobs.c.status)
 )
 
 _UNFINISHED = _RUNS.where(native_jobs.c.status != NativeRunStatus.ENDED).order_by(

@@ -276,6 +276,20 @@ class NativeRunContract:
         assert (await store.get_native_run(RUN)).cancel_wanted_at is None
         assert jobs.take() == []
 
+    async def test_lines_of_runs_are_counted_until_they_end(self, store: Store) -> None:
+        assert await store.count_native_lines() == {}
+        run = await start_native(store)
+        waiting = {(run.upstream, NativeRunStatus.WAITING): run.requests}
+        assert await store.count_native_lines() == waiting
+
+        run = await keep(store, submitting(run, NOON + 60))
+        run = await keep(store, submitted(run, NOON + 60))
+        there = {(run.upstream, NativeRunStatus.SUBMITTED): run.requests}
+        assert await store.count_native_lines() == there
+
+        await keep(store, over(run))
+        assert await store.count_native_lines() == {}
+
     async def test_jobs_of_runs_are_listed_until_they_end(self, store: Store) -> None:
         run = await keep(store, replace(await start_native(store), due_at=NOON + 10))
 
