@@ -265,10 +265,14 @@ class Worker(Table):
     )
     slice_bytes: Whole = _whole(2 * 2**20, "The most input bytes in a slice.")
     flush_interval_s: Number = _positive(
-        0.05, "How long a reply may wait until it is made durable, in seconds."
+        0.05,
+        "How long a reply may wait until it is made durable, in seconds; with `storage_url` at "
+        "least 1.",
     )
     flush_bytes: Whole = _whole(
-        256 * 1024, "How many bytes of replies may wait until they are made durable."
+        256 * 1024,
+        "How many bytes of replies may wait until they are made durable; with `storage_url` at "
+        "least 8388608.",
     )
     cancel_grace_s: Number = _not_negative(
         600, "How long lines in flight may go on after their batch is cancelled, in seconds."
