@@ -434,7 +434,7 @@ FAULTS = [
         "if (tally.completed, tally.failed) == (found.completed, found.failed):",
         "if True:",
         RUNNING,
-        "damaged_reply",
+        "damage_is_noticed",
     ),
     Fault(
         "lifecycle: a late writer is merged",
