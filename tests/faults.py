@@ -437,14 +437,6 @@ FAULTS = [
         "damage_is_noticed",
     ),
     Fault(
-        "lifecycle: a late writer is merged",
-        "executor/lifecycle.py",
-        "attempt = piece.attempt if piece.status is SliceStatus.ENDED else None",
-        "attempt = None",
-        RUNNING,
-        "late_writer",
-    ),
-    Fault(
         "lifecycle: an expired batch counts as completed",
         "executor/lifecycle.py",
         "return BatchStatus.COMPLETED if is_whole else BatchStatus.EXPIRED",
@@ -1120,7 +1112,7 @@ FAULTS = [
     Fault(
         "webhooks: a delivery is tried before its time",
         "executor/webhooks.py",
-        "if due_at > time.time():",
+        "if due_at > clock.now():",
         "if False:",
         WEBHOOKS,
         "before_its_time",
@@ -1152,15 +1144,15 @@ FAULTS = [
     Fault(
         "webhooks: pending deliveries are forgotten at a restart",
         "executor/upkeep.py",
-        "await engine.enqueue(await store.list_due_deliveries(until=None))",
-        "pass",
+        "list_due_deliveries(until=None))\n    return len(unfinished)",
+        "list_due_deliveries(until=0))\n    return len(unfinished)",
         WEBHOOKS,
         "start_knows",
     ),
     Fault(
         "webhooks: what is due is not looked for",
         "executor/upkeep.py",
-        "await engine.enqueue(await store.list_due_deliveries(until=time.time()))",
+        "await engine.enqueue(await store.list_due_deliveries(until=clock.now()))",
         "pass",
         WEBHOOKS,
         "another_process",
