@@ -295,7 +295,7 @@ FAULTS = [
         "            self.in_flight >= self.limit.current\n            or ",
         "            ",
         ADMISSION,
-        "as_many_as_its_limit",
+        "no_more_than_its_limit",
     ),
     Fault(
         "lanes: a cancelled line is tried again",

@@ -72,6 +72,16 @@ def test_it_takes_as_many_as_its_limit() -> None:
     assert one.in_flight == 0
 
 
+def test_it_takes_no_more_than_its_limit_below_what_the_settings_allow() -> None:
+    one = admission(most=4)
+    one.limit.current = 2
+    for _ in range(2):
+        assert one.look("m", 0) is Verdict.SEND
+        one.take("m", BODY, 0)
+
+    assert one.look("m", 0) is Verdict.WAIT
+
+
 def test_the_whole_upstream_is_left_alone_for_as_long_as_it_asks() -> None:
     one = admission()
     exchange(one, Reply(status_code=429, retry_after_s=5))
