@@ -356,12 +356,6 @@ def slice_id(batch_id: BatchId, index: int) -> SliceId:
     return SliceId(f"{batch_id}:{index}")
 
 
-def parse_slice_id(name: str) -> tuple[BatchId, int]:
-    """The batch and index that `slice_id` was given."""
-    batch_id, _, index = name.rpartition(":")
-    return BatchId(batch_id), int(index)
-
-
 class NativeRunStatus(StrEnum):
     """Where a native run stands with us."""
 

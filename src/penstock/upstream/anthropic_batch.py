@@ -150,7 +150,7 @@ class AnthropicBatchUpstream:
         query = {"limit": str(_PAGE)}
         while True:
             answer = await self._http.call("GET", _PATH, query=query)
-            self._must_answer(answer, "list its batches")
+            self._http.must_answer(answer, "list its batches")
             page = self._read(answer, _Page)
             for batch in page.data:
                 if batch.created_at.timestamp() < since - _SLACK_S:
@@ -163,7 +163,7 @@ class AnthropicBatchUpstream:
 
     async def check(self, job: NativeJob, native_id: str) -> NativeStatus:
         answer = await self._http.call("GET", f"{_PATH}/{native_id}")
-        self._must_answer(answer, f"know the batch {native_id}")
+        self._http.must_answer(answer, f"know the batch {native_id}")
         batch = self._read(answer, _Batch)
         return NativeStatus(
             state=_state(batch),
@@ -189,32 +189,16 @@ class AnthropicBatchUpstream:
         answer = await self._http.call("POST", f"{_PATH}/{native_id}/cancel")
         if answer.status in (400, 409):
             return  # it has ended, or is being cancelled
-        self._must_answer(answer, f"cancel the batch {native_id}")
+        self._http.must_answer(answer, f"cancel the batch {native_id}")
 
     async def clean_up(self, job: NativeJob, details: Details) -> None:
         if native_id := details.get(BATCH_ID):
             answer = await self._http.call("DELETE", f"{_PATH}/{native_id}")
             if answer.status != 404:
-                self._must_answer(answer, f"delete the batch {native_id}")
+                self._http.must_answer(answer, f"delete the batch {native_id}")
 
     async def close(self) -> None:
         await self._http.close()
-
-    def _must_answer(self, answer: ProviderAnswer, what: str) -> None:
-        """Raise what an answer to a question means that is no answer.
-
-        Raises:
-            JobRefused: There is no such thing.
-            UpstreamDown: It is another refusal, which may be mended: of a key, for example.
-        """
-        try:
-            self._http.refuse(answer, what)
-        except JobRefused as error:
-            if answer.status in (404, 410):
-                raise
-            raise UpstreamDown(str(error), retry_after_s=answer.retry_after_s) from error
-        except JobNotTaken as error:
-            raise UpstreamDown(str(error), retry_after_s=error.retry_after_s) from error
 
     def _read(self, answer: ProviderAnswer, type_: type[T]) -> T:
         try:

@@ -286,7 +286,7 @@ class OpenAIBatchUpstream:
         seen: set[str] = set()
         while True:
             answer = await self._http.call("GET", self._at(job, "/batches"), query=query)
-            self._must_answer(answer, "list its batches")
+            self._http.must_answer(answer, "list its batches")
             page = self._read_page(answer)
             for batch in page.data:
                 yield batch
@@ -300,7 +300,7 @@ class OpenAIBatchUpstream:
 
     async def check(self, job: NativeJob, native_id: str) -> NativeStatus:
         answer = await self._http.call("GET", self._at(job, f"/batches/{native_id}"))
-        self._must_answer(answer, f"know the batch {native_id}")
+        self._http.must_answer(answer, f"know the batch {native_id}")
         batch = self._batch(answer)
         counts = batch.request_counts or _Counts()
         faults = (batch.errors.data if batch.errors else None) or []
@@ -326,7 +326,7 @@ class OpenAIBatchUpstream:
 
     async def _read_file(self, job: NativeJob, file_id: str) -> AsyncGenerator[NativeResult]:
         about = await self._http.call("GET", self._at(job, f"/files/{file_id}"))
-        self._must_answer(about, f"know the file {file_id}")
+        self._http.must_answer(about, f"know the file {file_id}")
         size = self._read(about, _Size).bytes
         path = self._at(job, f"/files/{file_id}/content")
         async for text in self._http.download_lines(path, least_bytes=size):
@@ -337,7 +337,7 @@ class OpenAIBatchUpstream:
         answer = await self._http.call("POST", self._at(job, f"/batches/{native_id}/cancel"))
         if answer.status in (400, 409):
             return  # it has ended, or is being cancelled
-        self._must_answer(answer, f"cancel the batch {native_id}")
+        self._http.must_answer(answer, f"cancel the batch {native_id}")
 
     async def clean_up(self, job: NativeJob, details: Details) -> None:
         for name in (INPUT, OUTPUT, ERRORS):
@@ -345,7 +345,7 @@ class OpenAIBatchUpstream:
                 path = self._at(job, f"/files/{file_id}")
                 answer = await self._http.call("DELETE", path)
                 if answer.status != 404:
-                    self._must_answer(answer, f"delete the file {file_id}")
+                    self._http.must_answer(answer, f"delete the file {file_id}")
 
     async def close(self) -> None:
         await self._http.close()
@@ -356,22 +356,6 @@ class OpenAIBatchUpstream:
             await self._http.call("DELETE", self._at(job, f"/files/{file_id}"))
         except PenstockError:
             return
-
-    def _must_answer(self, answer: ProviderAnswer, what: str) -> None:
-        """Raise what an answer to a question means that is no answer.
-
-        Raises:
-            JobRefused: There is no such thing.
-            UpstreamDown: It is another refusal, which may be mended: of a key, for example.
-        """
-        try:
-            self._http.refuse(answer, what)
-        except JobRefused as error:
-            if answer.status in (404, 410):
-                raise
-            raise UpstreamDown(str(error), retry_after_s=answer.retry_after_s) from error
-        except JobNotTaken as error:
-            raise UpstreamDown(str(error), retry_after_s=error.retry_after_s) from error
 
     def _batch(self, answer: ProviderAnswer) -> "_Batch":
         try:
