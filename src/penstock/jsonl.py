@@ -34,6 +34,9 @@ A decoder gives up at the interpreter's recursion limit, 1000, less the depth of
 it runs in. That depth is one where a file is checked and another where a worker reads it, a few
 dozen in both; so the bound is half of the limit, and what passes here can be read there."""
 _READ_BYTES = 1 << 20
+_SMALL_SLICE = 256
+_SLICES_BEFORE = 16
+"""Of how many slices of its size the file must consist before a larger one begins."""
 _PARTS = 256
 _EMBEDDINGS = "/v1/embeddings"
 _TOLD_MODELS = 20
@@ -61,7 +64,7 @@ class InputRules:
     one_model: bool
     """Whether all lines must name the same model."""
     slice_requests: int
-    """The most requests of one slice."""
+    """The most requests of one slice; see `slice_size`."""
     slice_bytes: int
     """The most bytes of one slice, unless a single line is longer."""
     accepts_model: Callable[[str], bool] | None = None
@@ -143,6 +146,19 @@ _decode_input = msgspec.json.Decoder(_InputLine).decode
 _decode_items = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
+def slice_size(before: int, most: int) -> int:
+    """How many requests a slice may hold.
+
+    Each slice costs a claim, a segment and a report, so large ones are cheaper; but a file of
+    a few thousand lines must be enough for several workers. So slices grow with the file.
+
+    Args:
+        before: How many requests of the file stand before it.
+        most: What the settings allow.
+    """
+    return min(max(before // _SLICES_BEFORE, _SMALL_SLICE), most)
+
+
 def iter_requests(
     data: bytes, *, first_line: int, models: Container[str] | None = None
 ) -> Iterator[RequestLine]:
@@ -202,6 +218,7 @@ class InputChecker:
         self._inputs = 0
         self._slices: list[SlicePlan] = []
         self._open = _OpenSlice()
+        self._slice_requests = slice_size(0, rules.slice_requests)
         # The served models that are named, and whether a good line may name them.
         self._models: dict[str, bool] = {}
         self._model = ""
@@ -321,10 +338,9 @@ class InputChecker:
         self._offset, self._line = offset, number
 
     def _add_to_slice(self, start: int, end: int, line: int, model: str) -> None:
-        self._total += 1
         opened = self._open
         if opened.requests and (
-            opened.requests >= self._rules.slice_requests
+            opened.requests >= self._slice_requests
             or end - opened.start > self._rules.slice_bytes
         ):
             self._close_slice()
@@ -339,11 +355,13 @@ class InputChecker:
             counts = opened.models[model] = [0, 0]
         counts[0] += 1
         counts[1] += end - start
+        self._total += 1
 
     def _close_slice(self) -> None:
         if self._open.requests and not self._fault_count:
             self._slices += self._open.plans(self._rules.way_of)
         self._open = _OpenSlice()
+        self._slice_requests = slice_size(self._total, self._rules.slice_requests)
 
     def _take_model(self, model: str, line: int) -> bool:
         """Whether a line may name this model in which nothing else is wrong."""

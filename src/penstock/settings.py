@@ -261,7 +261,9 @@ class Worker(Table):
     """How batches are run."""
 
     slice_requests: Whole = _whole(
-        256, "The most requests in a slice, which is what a worker claims."
+        1024,
+        "The most requests in a slice, which is what a worker claims. The first slices of a "
+        "file have 256 at most, later ones a sixteenth of what stands before them.",
     )
     slice_bytes: Whole = _whole(2 * 2**20, "The most input bytes in a slice.")
     flush_interval_s: Number = _positive(

@@ -4,7 +4,7 @@ how the bytes arrive."""
 import json
 import re
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from penstock.jsonl import (
     RequestLine,
     check_file,
     iter_requests,
+    slice_size,
 )
 from penstock.model import ENDPOINTS, Fault
 
@@ -829,6 +830,27 @@ def test_a_slice_knows_its_models() -> None:
         ("a", "b"),
         ("c",),
     ]
+
+
+def test_slices_grow_with_the_file() -> None:
+    data = b"".join(request(f"r{n}") for n in range(30_000))
+
+    slices = check(data, slice_requests=1024, slice_bytes=1 << 20).slices
+
+    sizes = [plan.requests for plan in slices]
+    assert sizes[:17] == [256] * 17
+    before = list(accumulate(sizes, initial=0))
+    assert sizes[17:-1] == [min(n // 16, 1024) for n in before[17:-2]]
+    assert sizes[-2] == 1024
+    assert sum(sizes) == 30_000
+
+
+@given(before=st.integers(0, 10**7), most=st.integers(1, 10**5))
+def test_a_slice_is_a_small_part_of_its_file_or_small(before: int, most: int) -> None:
+    size = slice_size(before, most)
+
+    assert 1 <= size <= most
+    assert size <= max(256, before // 16)
 
 
 def test_the_last_slice_ends_where_the_file_ends() -> None:
