@@ -97,15 +97,13 @@ class ObjectWriter(SegmentWriter):
 
     @property
     def is_whole(self) -> bool:
-        """Whether each line has its reply when what was prepared is durable."""
-        tally = self._prepared_tally
-        return tally.completed + tally.failed == self.requests
+        """Whether each line has its reply when what was encoded is durable."""
+        return self.encoded.completed + self.encoded.failed == self.requests
 
     def inherit(self, replies: SliceReplies) -> None:
         """Take over what earlier attempts have kept, which stays where it is."""
         self.lines |= replies.lines
-        self.tally = replies.tally()
-        self.durable = self.tally.copy()
+        self.durable = replies.tally()
         self.has_earlier = True
 
     def prepare(self) -> None:

@@ -40,6 +40,7 @@ _CRC_BYTES = 4
 _MAGIC = 0x5054
 _GROUP, _SEAL = 0, 1
 _ENTRY = struct.Struct("<7I")
+_ENTRY_NUMBERS = 7
 _ERROR_BIT = 1 << 31
 _SEAL_HEAD = struct.Struct("<II5QII")
 """Completed and failed lines, tokens, and how many extents of each kind follow."""
@@ -68,17 +69,20 @@ class Tally:
     failed: int = 0
     usage: list[int] = field(default_factory=lambda: [0, 0, 0, 0, 0])
 
-    def add(self, kind: Kind, tokens: Sequence[int]) -> None:
-        if kind is Kind.OUTPUT:
-            self.completed += 1
-        else:
-            self.failed += 1
-        usage = self.usage
-        usage[0] += tokens[0]
-        usage[1] += tokens[1]
-        usage[2] += tokens[2]
-        usage[3] += tokens[3]
-        usage[4] += tokens[4]
+    def add(self, replies: Sequence["_Reply"], numbers: Sequence[int]) -> None:
+        """Count the replies of a group.
+
+        Args:
+            numbers: Its entries, one after another.
+        """
+        failed = sum([kind for _, kind, _, _ in replies])
+        self.completed += len(replies) - failed
+        self.failed += failed
+        step = _ENTRY_NUMBERS
+        self.usage = [
+            before + sum(numbers[place::step])
+            for place, before in enumerate(self.usage, step - len(self.usage))
+        ]
 
     def copy(self) -> "Tally":
         return Tally(self.completed, self.failed, self.usage.copy())
@@ -104,13 +108,11 @@ class Record(NamedTuple):
     tokens: Sequence[int]
 
 
-class _Reply(NamedTuple):
-    """A reply that is to be written; sorts by line."""
-
-    line: int
-    kind: Kind
-    payload: bytes
-    tokens: Sequence[int]
+_Reply = tuple[int, Kind, bytes, Sequence[int]]
+"""A reply that is to be written: line, kind, payload, tokens. A plain tuple, as one is made for
+every line; sorts by line."""
+_Place = tuple[int, Kind, int, int]
+"""Where its payload lies: line, kind, offset in the segment, length. Sorts by line."""
 
 
 # Writing
@@ -131,16 +133,15 @@ class SegmentWriter:
         self._requests = requests
         self._waiting: list[_Reply] = []
         self._prepared: list[_Reply] = []
-        self._prepared_tally = Tally()
-        self._records: list[Record] = []
-        self._fresh: list[Record] = []
-        """The records of what `encode` gave last."""
+        self._places: list[_Place] = []
+        self._fresh: list[_Place] = []
+        """Those of what `encode` gave last."""
+        self.encoded = Tally()
+        """Of all that is durable and of what `encode` gave last."""
         self.size = 0
         """How many bytes are durable."""
         self.waiting_bytes = 0
         """How many bytes are appended and not yet prepared."""
-        self.tally = Tally()
-        """Of all that was appended."""
         self.durable = Tally()
         """Of all that is durable; never changed in place."""
         self.lines: set[int] = set()
@@ -159,9 +160,8 @@ class SegmentWriter:
         Args:
             tokens: input, cached, output, reasoning and total tokens; cut at 2^32 - 1.
         """
-        self._waiting.append(_Reply(line, kind, payload, tokens))
+        self._waiting.append((line, kind, payload, tokens))
         self.waiting_bytes += len(payload)
-        self.tally.add(kind, tokens)
         self.lines.add(line)
 
     def prepare(self) -> None:
@@ -169,7 +169,6 @@ class SegmentWriter:
         self._prepared += self._waiting
         self._waiting = []
         self.waiting_bytes = 0
-        self._prepared_tally = self.tally.copy()
 
     def encode(self) -> bytes:
         """What was prepared, as it is to be written from offset `size` on; empty if nothing
@@ -179,27 +178,22 @@ class SegmentWriter:
         parts: list[bytes] = []
         offset = self.size
         self._fresh = []
+        self.encoded = self.durable.copy()
         for group in _groups(sorted(self._prepared)):
-            head, payloads = _pack_group(group)
-            start = offset + len(head)
-            for reply in group:
-                length = len(reply.payload)
-                self._fresh.append(Record(reply.line, reply.kind, start, length, reply.tokens))
-                start += length
-            parts.append(head)
-            parts.append(payloads)
-            offset = start
-        if len(self._records) + len(self._fresh) == self._requests:
-            parts.append(_pack_seal([*self._records, *self._fresh], offset))
+            head, payloads = _pack_group(group, offset, self._fresh, self.encoded)
+            parts += (head, payloads)
+            offset += len(head) + len(payloads)
+        if len(self._places) + len(self._fresh) == self._requests:
+            parts.append(_pack_seal([*self._places, *self._fresh], self.encoded, offset))
         return b"".join(parts)
 
     def keep(self, size: int) -> None:
         """Say that the `size` bytes that `encode` gave last are durable."""
-        self._records += self._fresh
+        self._places += self._fresh
         self._fresh = []
         self._prepared.clear()
         self.size += size
-        self.durable = self._prepared_tally
+        self.durable = self.encoded
 
     def give_up(self) -> None:
         """Say that the slice was claimed anew: what was appended goes nowhere."""
@@ -215,47 +209,61 @@ def _groups(replies: list[_Reply]) -> Iterator[list[_Reply]]:
     group: list[_Reply] = []
     size = 0
     for reply in replies:
-        if group and size + len(reply.payload) > _GROUP_BYTES:
+        length = len(reply[2])
+        if group and size + length > _GROUP_BYTES:
             yield group
             group, size = [], 0
         group.append(reply)
-        size += len(reply.payload)
+        size += length
     yield group
 
 
-def _pack_group(group: list[_Reply]) -> tuple[bytes, bytes]:
-    """A group's header with its entries, and its payloads."""
+def _pack_group(
+    group: list[_Reply], offset: int, places: list[_Place], tally: Tally
+) -> tuple[bytes, bytes]:
+    """A group's header with its entries, and its payloads.
+
+    Args:
+        offset: Where it begins.
+        places: Gets where each payload lies.
+        tally: Gets what is in it.
+    """
     numbers: list[int] = []
+    payloads: list[bytes] = []
+    place = offset + _HEADER.size + len(group) * _ENTRY.size
     for line, kind, payload, tokens in group:
-        numbers.append(line)
-        numbers.append(len(payload) | _ERROR_BIT if kind else len(payload))
-        numbers.extend(tokens)
+        length = len(payload)
+        numbers += (line, length | _ERROR_BIT if kind else length, *tokens)
+        payloads.append(payload)
+        places.append((line, kind, place, length))
+        place += length
+    tally.add(group, numbers)
     if max(numbers) > _MAX_TOKENS:
         numbers = [min(number, _MAX_TOKENS) for number in numbers]
     entries = struct.pack(f"<{len(numbers)}I", *numbers)
-    payloads = b"".join([reply.payload for reply in group])
-    length = len(entries) + len(payloads)
+    joined = b"".join(payloads)
+    length = len(entries) + len(joined)
     checked = _CHECKED.pack(_MAGIC, _GROUP, len(group), length) + entries
-    crc = crc32c(payloads, crc32c(checked))
-    return crc.to_bytes(_CRC_BYTES, "little") + checked, payloads
+    crc = crc32c(joined, crc32c(checked))
+    return crc.to_bytes(_CRC_BYTES, "little") + checked, joined
 
 
-def _pack_seal(records: list[Record], offset: int) -> bytes:
+def _pack_seal(places: list[_Place], tally: Tally, offset: int) -> bytes:
     """The seal of a segment.
 
     Args:
-        records: Of every line of the slice.
+        places: Of every line of the slice.
+        tally: Of all of them.
         offset: Where the seal begins.
     """
-    tally = Tally()
     extents: tuple[list[list[int]], list[list[int]]] = ([], [])
-    for _, kind, start, length, tokens in sorted(records):
-        tally.add(kind, tokens)
-        mine = extents[kind]
-        if mine and mine[-1][0] + mine[-1][1] == start:
-            mine[-1][1] += length
+    ends = [-1, -1]
+    for _, kind, start, length in sorted(places):
+        if ends[kind] == start:
+            extents[kind][-1][1] += length
         else:
-            mine.append([start, length])
+            extents[kind].append([start, length])
+        ends[kind] = start + length
     counts = (len(extents[Kind.OUTPUT]), len(extents[Kind.ERROR]))
     body = b"".join(
         (

@@ -236,7 +236,6 @@ class SegmentsContract:
         with self.held(ground) as second:
             assert second.lines == {1, 2}
             assert (second.durable.completed, second.durable.failed) == (1, 1)
-            assert second.tally == second.durable
             assert not second.is_dirty
             self.keep(ground, second, 3)
 
