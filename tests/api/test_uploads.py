@@ -350,7 +350,10 @@ async def read_all(cut: Cut) -> tuple[bytes, dict[str, str], str]:
 # Bytes that resemble the boundary are what a parser stumbles over.
 tricky = st.lists(
     st.sampled_from(
-        [b"\r", b"\n", b"-", b"--", b"\r\n--cu", b"\r\n--cut", b"--cut--", b"x", b"\xff\x00"]
+        [
+            *(b"\r", b"\n", b"-", b"--", b"\r\n--cu", b"\r\n--cut", b"--cut--", b"x"),
+            *(b"\xff\x00", b"y" * 60, b"\r\n--c" + b"y" * 60),
+        ]
     ),
     max_size=40,
 ).map(b"".join)
