@@ -115,6 +115,9 @@ class RequestLine(msgspec.Struct, frozen=True, gc=False):
     body: bytes
     """Byte for byte as it stands in the file."""
     model: str
+    beginning: int
+    """The same for prompts that begin alike: with the same system prompt or, of a conversation,
+    the same first message. 0 if a prompt has no such beginning."""
 
 
 class _Envelope(msgspec.Struct):
@@ -130,6 +133,14 @@ class _Model(msgspec.Struct):
     model: str
 
 
+class _Prompt(_Model, gc=False):
+    """Where each API keeps what prompts begin with."""
+
+    messages: list[msgspec.Raw] | None = None
+    instructions: msgspec.Raw = msgspec.Raw()
+    system: msgspec.Raw = msgspec.Raw()
+
+
 class _Input(msgspec.Struct):
     input: msgspec.Raw
 
@@ -141,6 +152,7 @@ class _InputLine(msgspec.Struct):
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 _decode_custom_id = msgspec.json.Decoder(_CustomId).decode
 _decode_model = msgspec.json.Decoder(_Model).decode
+_decode_prompt = msgspec.json.Decoder(_Prompt).decode
 _decode_any = msgspec.json.Decoder().decode
 _decode_input = msgspec.json.Decoder(_InputLine).decode
 _decode_items = msgspec.json.Decoder(list[msgspec.Raw]).decode
@@ -173,9 +185,22 @@ def iter_requests(
         if text.strip():
             envelope = _decode_envelope(text)
             body = bytes(envelope.body)
-            model = _decode_model(body).model
+            model, beginning = _read_prompt(body)
             if models is None or model in models:
-                yield RequestLine(line, envelope.custom_id, body, model)
+                yield RequestLine(line, envelope.custom_id, body, model, beginning)
+
+
+def _read_prompt(body: bytes) -> tuple[str, int]:
+    """A request's model, and what tells its prompt's beginning from others."""
+    try:
+        prompt = _decode_prompt(body)
+    except msgspec.ValidationError:  # no prompt that any API knows; its upstream will say so
+        return _decode_model(body).model, 0
+    messages = prompt.messages
+    if prompt.system or prompt.instructions:
+        return prompt.model, hash((bytes(prompt.system), bytes(prompt.instructions)))
+    # A conversation of one message has no beginning of its own.
+    return prompt.model, hash(bytes(messages[0])) if messages and len(messages) > 1 else 0
 
 
 def _line_decoder(endpoint: Endpoint) -> Callable[[bytes], Any]:
