@@ -262,7 +262,7 @@ class Worker(Table):
 
     slice_requests: Whole = _whole(
         1024,
-        "The most requests in a slice, which is what a worker claims. The first slices of a "
+        "The most requests in a slice, which is what a worker claims; the first slices of a "
         "file have 256 at most, later ones a sixteenth of what stands before them.",
     )
     slice_bytes: Whole = _whole(2 * 2**20, "The most input bytes in a slice.")
