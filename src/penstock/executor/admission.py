@@ -128,8 +128,10 @@ class Admission:
     def take(self, model: str, body: bytes, now: float) -> Ticket:
         """Take the place of a line that may be sent. It is given back by `note` or `forget`."""
         self.in_flight += 1
-        tokens = self._estimate.cost(body) if self._tokens else 0
-        self._pay(now, requests=1, tokens=tokens)
+        tokens = 0
+        if self._requests or self._tokens:
+            tokens = self._estimate.cost(body) if self._tokens else 0
+            self._pay(now, requests=1, tokens=tokens)
         circuit = self._circuits.get(model) if self._circuits else None
         is_probe = circuit is not None and circuit.is_open
         if circuit is not None and is_probe:

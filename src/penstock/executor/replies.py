@@ -4,6 +4,7 @@ The four keys are OpenAI's. An upstream's body goes into the line as it came, wi
 exception: a raw line end, which JSON allows between tokens, becomes a space.
 """
 
+from binascii import hexlify
 from random import getrandbits
 from typing import Any
 
@@ -13,6 +14,12 @@ from penstock.blobs.segments import Kind
 from penstock.upstream.base import Failure, Reply
 
 _encode = msgspec.json.encode
+# Joined, which takes less than half the time of formatting.
+_ID, _CUSTOM_ID = b'{"id":"batch_req_', b'","custom_id":'
+_STATUS, _REQUEST_ID = b',"response":{"status_code":', b',"request_id":'
+_BODY, _END = b',"body":', b'},"error":null}\n'
+_LF, _CR = b"\n\r"
+_OUTPUT, _ERROR = Kind.OUTPUT, Kind.ERROR  # looking up a member takes as long as a call
 _NO_BODY_CHARS = 1000
 """How much of a body that is not JSON is told."""
 
@@ -38,21 +45,30 @@ def reply_line(custom_id: str, reply: Reply) -> tuple[Kind, bytes]:
     A 2xx answer goes to the output file. Any other answer goes to the error file with its
     body and `error` null; what is no answer goes there with `response` null.
     """
-    if reply.failure is not None or reply.status_code is None:
+    status = reply.status_code
+    if reply.failure is not None or status is None:
         code = _CODES[reply.failure or Failure.UNREACHABLE]
-        return Kind.ERROR, error_line(custom_id, code, reply.message)
-    kind = Kind.OUTPUT if reply.is_success else Kind.ERROR
-    body = reply.body if kind is Kind.OUTPUT else _error_body(reply)
-    if b"\n" in body or b"\r" in body:
+        return _ERROR, error_line(custom_id, code, reply.message)
+    kind, body = (_OUTPUT, reply.body) if status < 300 else (_ERROR, _error_body(reply))
+    if _LF in body or _CR in body:
         body = body.replace(b"\r", b" ").replace(b"\n", b" ")
-    name = b"%032x" % getrandbits(128)
+    name = hexlify(getrandbits(128).to_bytes(16))
     request_id = _encode(reply.request_id) if reply.request_id else b'"req_%b"' % name
-    start = b'{"id":"batch_req_%b","custom_id":%b,"response":{"status_code":%d,' % (
-        name,
-        _encode(custom_id),
-        reply.status_code,
+    return kind, b"".join(
+        (
+            _ID,
+            name,
+            _CUSTOM_ID,
+            _encode(custom_id),
+            _STATUS,
+            b"%d" % status,
+            _REQUEST_ID,
+            request_id,
+            _BODY,
+            body,
+            _END,
+        )
     )
-    return kind, b'%b"request_id":%b,"body":%b},"error":null}\n' % (start, request_id, body)
 
 
 def error_line(custom_id: str, code: str, message: str) -> bytes:
