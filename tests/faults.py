@@ -470,8 +470,8 @@ FAULTS = [
     Fault(
         "replies: refusals go to the output file",
         "executor/replies.py",
-        "kind = Kind.OUTPUT if reply.is_success else Kind.ERROR",
-        "kind = Kind.OUTPUT",
+        "kind, body = (_OUTPUT, reply.body) if status < 300 else (_ERROR, _error_body(reply))",
+        "kind, body = _OUTPUT, reply.body",
         REPLIES,
     ),
     Fault(
@@ -1031,6 +1031,7 @@ FAULTS = [
         "is_free = outcome.is_free and policy.max_attempts > 1",
         "is_free = False",
         OUTAGE,
+        "use_up",
     ),
     Fault(
         "worker: slices that only wait are kept",
@@ -1105,8 +1106,8 @@ FAULTS = [
     Fault(
         "order: lines are mixed up",
         "executor/order.py",
-        "groups.setdefault((line.model, _prefix(line.body)), [])",
-        "groups.setdefault((line.model, b''), [])",
+        "groups.setdefault((line.model, line.beginning), [])",
+        "groups.setdefault((line.model, 0), [])",
         "tests/unit/test_order.py",
     ),
     Fault(

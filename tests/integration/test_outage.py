@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,22 @@ async def test_lines_outlast_an_outage_that_would_use_up_their_attempts(
 
     assert ended.counts == Counts(total=2, completed=2, failed=0)
     assert ids(output) == ["a", "b"]
+
+
+async def test_probes_do_not_use_up_the_attempts_of_a_line_that_is_held(
+    data_dir: Path, upstream: ScriptedUpstream
+) -> None:
+    outage = Outage(fail(503))
+    upstream.behave = outage.behave
+    # So it is not given back meanwhile, which would give it all its attempts anew.
+    held = replace(QUICK, max_pause_s=0.1, patience_s=60)
+    async with Bench(data_dir, upstream, circuits=held, upstream={"max_attempts": 4}) as bench:
+        batch = await bench.create("a", "b")
+        await until(lambda: is_met(outage, 14))
+        outage.lasts = False
+        ended = await bench.wait_until_ended(batch)
+
+    assert ended.counts == Counts(total=2, completed=2, failed=0)
 
 
 async def is_met(outage: Outage, count: int) -> bool:
