@@ -158,6 +158,32 @@ def test_background_lines_find_room_only_where_nothing_else_waits_and_few_of_the
     assert lines.has_room(GREY, places=16)
 
 
+def test_more_is_asked_for_now_and_then_and_only_where_there_may_be_room() -> None:
+    lines = waiting(low_water=100)
+    fill(lines, RED, 500)
+
+    told: list[int] = []
+    while len(lines):
+        take(lines, 1)
+        if lines.is_short(16):
+            told.append(len(lines))
+
+    assert told == [192, 128, 64, 0]
+
+
+def test_more_is_asked_for_when_a_project_has_nothing_left_in_a_full_lane() -> None:
+    lines = waiting(low_water=100)
+    fill(lines, RED, 501)
+    fill(lines, BLUE, 1)
+
+    assert take(lines, 1) == ["red-0"]
+    assert not lines.is_short(16)
+    assert take(lines, 1) == ["blue-0"]
+    assert lines.is_short(16)
+    take(lines, 1)
+    assert not lines.is_short(16)
+
+
 def test_background_lines_take_no_room_from_others() -> None:
     lines = waiting(low_water=1, held_bytes=1000)
     lines.expect(GREY, 500, 2000)

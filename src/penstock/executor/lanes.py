@@ -29,7 +29,6 @@ from penstock.upstream.base import Failure, Reply
 
 _log = structlog.get_logger()
 _SEND = Verdict.SEND  # looking up a member takes as long as a call
-_TELL_EVERY = 64
 _TELL_EVERY_S = 30.0
 _LATE_S = 0.001
 """How much later than it must a lane looks at a clock, so that it need not look twice."""
@@ -223,7 +222,7 @@ class Lane:
                     break
                 owner, line = queued.owner, queued.line
                 waiting.weigh(owner.flow, -len(line.body))
-                if not len(waiting) % _TELL_EVERY or waiting.is_short(places):
+                if waiting.is_short(places):
                     self._wants_more()
                 if owner.is_stopping:
                     owner.drop(line)

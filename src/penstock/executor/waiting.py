@@ -16,6 +16,8 @@ from penstock.model import ProjectId
 T = TypeVar("T")
 
 _HIGH_WATER = 2
+_TELL_EVERY = 64
+"""How many lines are taken from one look for more slices to the next."""
 _KEPT_FREE = 16
 """Background lines leave one place in so many, and at least one of several."""
 
@@ -73,6 +75,8 @@ class _Tier(Generic[T]):
     expected_bytes: int = 0
     now: float = 0.0
     """What the flow that was served last had had by then."""
+    has_emptied: bool = False
+    """Whether it was the last line of its flow."""
 
     def queue(self, flow: Flow) -> _Queue[T]:
         return self.queues.setdefault(flow, _Queue[T]())
@@ -97,7 +101,8 @@ class _Tier(Generic[T]):
         queue.had += 1 / flow.weight
         self.count -= 1
         line = queue.lines.popleft()
-        if not queue.lines:
+        self.has_emptied = not queue.lines
+        if self.has_emptied:
             del self.ready[place]
         return line
 
@@ -141,6 +146,7 @@ class Waiting(Generic[T]):
         self._is_filling = True
         self._normal = _Tier[T]()
         self._background = _Tier[T]()
+        self._taken_from = self._normal
 
     def __len__(self) -> int:
         return self._normal.count + self._background.count
@@ -175,8 +181,11 @@ class Waiting(Generic[T]):
     def take(self, *, in_flight: int, places: int) -> T | None:
         """Take out the line that is next; None if none is to be sent now."""
         line = self._normal.take()
-        if line is None and self._background.count and in_flight < background_places(places):
+        if line is not None:
+            self._taken_from = self._normal
+        elif self._background.count and in_flight < background_places(places):
             line = self._background.take()
+            self._taken_from = self._background
         return line
 
     def give_back(self, flow: Flow, line: T) -> None:
@@ -230,9 +239,12 @@ class Waiting(Generic[T]):
         return held >= self._held_bytes * (1 if normal.ahead_of(flow) else 2)
 
     def is_short(self, places: int) -> bool:
-        """Whether background lines have just become so few that more are wanted."""
-        count = self._background.count
-        return count > 0 and count == (background_places(places) - 1) // 2
+        """Whether more slices may be wanted, now that a line was taken: asked after each."""
+        tier = self._taken_from
+        is_time = not tier.count % _TELL_EVERY
+        if tier is self._background:
+            return is_time or tier.count == (background_places(places) - 1) // 2
+        return tier.has_emptied or (is_time and tier.count < _HIGH_WATER * self._low_water)
 
     def _tier(self, flow: Flow) -> _Tier[T]:
         return self._background if flow.is_background else self._normal
