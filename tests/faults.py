@@ -375,6 +375,13 @@ FAULTS = [
         ADMISSION,
     ),
     Fault(
+        "waiting: a fast lane is kept no fuller than a slow one",
+        "executor/waiting.py",
+        "self._low_water = max(self._least, int(pace * _AHEAD_S))",
+        "pass",
+        "tests/unit/test_waiting.py",
+    ),
+    Fault(
         "waiting: background lines take the last places",
         "executor/waiting.py",
         "places - max(places // _KEPT_FREE, 1) if places > 1 else places",

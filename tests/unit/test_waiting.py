@@ -184,6 +184,29 @@ def test_more_is_asked_for_when_a_project_has_nothing_left_in_a_full_lane() -> N
     assert not lines.is_short(16)
 
 
+def test_a_lane_that_is_fast_wants_more_lines_ahead() -> None:
+    lines = waiting(low_water=100)
+
+    def wanted_after(count: int, now: float) -> int:
+        """How many lines it wants ahead, once so many have gone out."""
+        fill(lines, RED, count)
+        take(lines, count)
+        lines.judge_pace(now)
+        ahead = 0
+        while lines.has_room(RED, places=16):
+            lines.expect(RED, 1, 0)
+            ahead += 1
+        lines.expect(RED, -ahead, 0)
+        lines.has_room(RED, places=16)  # so that it is filling again
+        return ahead
+
+    assert wanted_after(0, now=50.0) == 200
+    assert wanted_after(2000, now=50.5) == 800
+    assert wanted_after(9000, now=50.55) == 800  # too soon to judge
+    assert wanted_after(1000, now=51.5) == 2000
+    assert wanted_after(10, now=60.0) == 200
+
+
 def test_background_lines_take_no_room_from_others() -> None:
     lines = waiting(low_water=1, held_bytes=1000)
     lines.expect(GREY, 500, 2000)

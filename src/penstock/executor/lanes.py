@@ -222,12 +222,13 @@ class Lane:
                     break
                 owner, line = queued.owner, queued.line
                 waiting.weigh(owner.flow, -len(line.body))
+                now = time.monotonic()
                 if waiting.is_short(places):
+                    waiting.judge_pace(now)
                     self._wants_more()
                 if owner.is_stopping:
                     owner.drop(line)
                     continue
-                now = time.monotonic()
                 if only:
                     verdict, admission = only.look(line.model, now), only
                 else:

@@ -16,6 +16,9 @@ from penstock.model import ProjectId
 T = TypeVar("T")
 
 _HIGH_WATER = 2
+_AHEAD_S = 0.1
+"""For how long the lines ahead are to last at least: to have more takes a claim, which is a
+dozen turns of a loop that is busy with hundreds of replies."""
 _TELL_EVERY = 64
 """How many lines are taken from one look for more slices to the next."""
 _KEPT_FREE = 16
@@ -135,13 +138,17 @@ class Waiting(Generic[T]):
     """The lines of a lane that are ready to be sent.
 
     Args:
-        low_water: With fewer lines than this it has room, until it has twice as many: slices
-            are claimed a few at a time, since a claim costs a sync of the disk.
+        low_water: With fewer lines than this, or than go out in a tenth of a second, it has
+            room, until it has twice as many: slices are claimed a few at a time, since a claim
+            costs a sync of the disk.
         held_bytes: With as many bytes of waiting bodies it is full.
     """
 
     def __init__(self, *, low_water: int, held_bytes: int) -> None:
-        self._low_water = low_water
+        self._least = self._low_water = low_water
+        self._added = 0
+        self._judged = (float("-inf"), 0)
+        """When the pace was judged last, and how many lines had gone out by then."""
         self._held_bytes = held_bytes
         self._is_filling = True
         self._normal = _Tier[T]()
@@ -177,6 +184,7 @@ class Waiting(Generic[T]):
             tier = self._tier(flow)
             add(tier.wake(flow), lines)
             tier.count += len(lines)
+            self._added += len(lines)
 
     def take(self, *, in_flight: int, places: int) -> T | None:
         """Take out the line that is next; None if none is to be sent now."""
@@ -245,6 +253,18 @@ class Waiting(Generic[T]):
         if tier is self._background:
             return is_time or tier.count == (background_places(places) - 1) // 2
         return tier.has_emptied or (is_time and tier.count < _HIGH_WATER * self._low_water)
+
+    def judge_pace(self, now: float) -> None:
+        """Learn how fast its lines go out. To be called now and then, such as when it is short.
+
+        Args:
+            now: In seconds of a monotonic clock.
+        """
+        (then, gone_then), gone = self._judged, self._added - len(self)
+        if now - then >= _AHEAD_S:
+            pace = (gone - gone_then) / (now - then)
+            self._low_water = max(self._least, int(pace * _AHEAD_S))
+            self._judged = (now, gone)
 
     def _tier(self, flow: Flow) -> _Tier[T]:
         return self._background if flow.is_background else self._normal
