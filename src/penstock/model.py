@@ -366,6 +366,26 @@ class NativeRunStatus(StrEnum):
     ENDED = "ended"  # it has let go of its slices. Final
 
 
+MODEL_PARAMETERS = ("x-tfy-aws-bedrock-model", "x-tfy-provider-model")
+"""The parameters of a batch that name a model in place of those that its lines name; the
+first counts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spent:
+    """What a job of a provider took, counted once, when its results were collected."""
+
+    answered: int
+    """How many of its lines have an answer of the provider."""
+    usage: Usage
+    """What these answers took."""
+    model: str | None
+    """The model that the provider ran them on; None if there were several."""
+    longest_input: int | None
+    """The most input tokens of one line, by which some models are paid; None if nobody saw
+    all results, as when a process ended in the midst of collecting them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NativeRun:
     """Slices of one batch that a provider's own batch API runs as one job."""
@@ -401,6 +421,8 @@ class NativeRun:
     completed: int = 0
     """As the provider counts while the job runs."""
     failed: int = 0
+    spent: Spent | None = None
+    """None while it has not ended, and where its results were not to be had."""
     version: int = 0
     """How often it was written; fences every write."""
 

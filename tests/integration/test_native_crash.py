@@ -8,7 +8,7 @@ parts are put together over the same data directory.
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -33,6 +33,8 @@ from penstock.model import (
     NativeRunStatus,
     Purpose,
     SliceStatus,
+    Spent,
+    Usage,
 )
 from penstock.places import store_url
 from penstock.store.base import BatchChange
@@ -169,7 +171,15 @@ class Adapter:
             lines = lines[:3]
         for record in reversed(lines):
             self._clock.step("a result")
-            reply = Reply(status_code=200, body=b'{"n":%b}' % record[1:])
+            number = int(record[1:])
+            reply = Reply(
+                status_code=200,
+                body=b'{"n":%d}' % number,
+                input_tokens=10 * number,
+                cached_tokens=1,
+                output_tokens=2,
+                total_tokens=10 * number + 2,
+            )
             yield NativeResult(custom_id=record.decode(), reply=reply)
 
     async def cancel(self, job: NativeJob, native_id: str) -> None:
@@ -349,6 +359,26 @@ async def results_of(data_dir: Path) -> tuple[dict[int, Kind], bool]:
     return found, all(piece.status is SliceStatus.ENDED for piece in slices)
 
 
+async def spent_in(data_dir: Path) -> Spent | None:
+    """What the job of the one run took."""
+    store = SqlStore(store_url(data_dir))
+    await store.open()
+    [run] = await store.list_native_runs(BATCH)
+    await store.close()
+    return run.spent
+
+
+ALL_ANSWERED = Spent(
+    answered=LINES - 1,
+    usage=Usage(
+        input_tokens=10 * sum(range(1, LINES)),
+        cached_tokens=LINES - 1,
+        output_tokens=2 * (LINES - 1),
+        total_tokens=10 * sum(range(1, LINES)) + 2 * (LINES - 1),
+    ),
+    model="m",
+    longest_input=10 * (LINES - 1),
+)
 NAMES = [f"line-{n}" for n in range(1, LINES)] + ["refuse-me"]
 
 
@@ -389,6 +419,9 @@ async def test_wherever_the_process_ends_a_job_is_paid_once_and_each_line_has_a_
         assert found == {
             n: Kind.ERROR if n == LINES else Kind.OUTPUT for n in range(1, LINES + 1)
         }
+        spent = await spent_in(data_dir)
+        # Whoever finds all slices ended does not look at the results again.
+        assert spent in (ALL_ANSWERED, replace(ALL_ANSWERED, longest_input=None)), clock.trace
     assert {"before create", "after create", "a result", "clean up"} <= set(seen)
     assert {f"{when} keep_native_run" for when in ("before", "after")} <= set(seen)
 
@@ -409,6 +442,9 @@ async def test_a_process_that_ends_at_every_step_gets_there_and_pays_once(
     found, have_ended = await results_of(tmp_path)
     assert have_ended
     assert len(found) == LINES
+    spent = await spent_in(tmp_path)
+    assert spent is not None
+    assert (spent.answered, spent.usage) == (ALL_ANSWERED.answered, ALL_ANSWERED.usage)
 
 
 async def test_a_wish_to_cancel_survives_and_what_was_run_is_kept(tmp_path: Path) -> None:

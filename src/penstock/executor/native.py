@@ -31,7 +31,14 @@ from penstock.errors import (
     StorageUnavailable,
     UpstreamDown,
 )
-from penstock.executor.native_lines import LACKS, Collector, Records, SliceBusy, Verdict
+from penstock.executor.native_lines import (
+    LACKS,
+    Collector,
+    Records,
+    SliceBusy,
+    Verdict,
+    count_up,
+)
 from penstock.executor.native_plan import parts_of, stop_at
 from penstock.model import (
     Batch,
@@ -476,7 +483,7 @@ class NativeRunner:
             status = NativeStatus(state=state, details=run.details, message=run.message)
             results = scene.upstream.results(job, run.native_id, status)
         try:
-            await self._write(run, scene, job, results)
+            longest_input = await self._write(run, scene, job, results)
         except JobRefused as error:
             message = f"Its results are not to be had: {error}"
             return await self._settle(run, _REFUSED, message)
@@ -485,6 +492,10 @@ class NativeRunner:
                 return await self._give_up(run)
             return await self._again(run, scene, error)
         await self._clean_up(scene, job, run.details, run)
+        if run.native_id is not None and run.outcome in set(NativeState):
+            # Kept with the end of the run, which happens once however often it is collected.
+            pieces = await self._get_slices(run)
+            run = replace(run, spent=count_up(pieces, scene.batch, longest_input=longest_input))
         return await self._end(run)
 
     async def _clean_up(
@@ -507,7 +518,7 @@ class NativeRunner:
         scene: _Scene,
         job: NativeJob,
         results: AsyncGenerator[NativeResult],
-    ) -> None:
+    ) -> int | None:
         is_over = scene.is_over(clock.now())
         falls_back = (scene.use.falls_back or run.outcome == _BY_LINE) and not is_over
         verdict = Verdict(
@@ -515,7 +526,7 @@ class NativeRunner:
             sends_again=falls_back,
             default=_what_became(run),
         )
-        await self._collector.collect(
+        return await self._collector.collect(
             run,
             scene.batch,
             results=results,

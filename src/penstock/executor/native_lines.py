@@ -15,7 +15,15 @@ from penstock.executor.keeper import Keeper
 from penstock.executor.replies import error_line, reply_line
 from penstock.executor.retry import may_pass
 from penstock.jsonl import RequestLine, iter_requests
-from penstock.model import Batch, NativeRun, Slice, SliceStatus
+from penstock.model import (
+    MODEL_PARAMETERS,
+    Batch,
+    NativeRun,
+    Slice,
+    SliceStatus,
+    Spent,
+    Usage,
+)
 from penstock.store.base import ClaimedSlice, SliceReport, Store
 from penstock.telemetry import Health, WorkStats
 from penstock.upstream.base import (
@@ -60,6 +68,22 @@ def parse_line_name(name: str) -> int | None:
         return None
     line = int(digits)
     return line if line_name(line) == name else None
+
+
+def count_up(slices: Sequence[Slice], batch: Batch, *, longest_input: int | None) -> Spent:
+    """What a job took, by the replies that its slices have when it has ended.
+
+    Args:
+        slices: All that its run holds: nobody else has written replies into them.
+    """
+    named = {model for piece in slices for model in piece.models}
+    chosen = next(filter(None, map((batch.parameters or {}).get, MODEL_PARAMETERS)), None)
+    return Spent(
+        answered=sum(piece.completed for piece in slices),
+        usage=sum((piece.usage for piece in slices), Usage()),
+        model=chosen or (named.pop() if len(named) == 1 else None),
+        longest_input=longest_input,
+    )
 
 
 class SliceBusy(Exception):
@@ -198,10 +222,14 @@ class Collector:
         verdict: Verdict,
         upstream: BatchUpstream,
         job: NativeJob,
-    ) -> None:
+    ) -> int | None:
         """Give each line of a run its one result, as far as there is one.
 
         Safe to repeat: lines that have a reply keep it. What came is kept also if it fails.
+
+        Returns:
+            The most input tokens of one line, also of those that had their reply; None if
+            nothing was left to do, for then the results were not looked at.
 
         Raises:
             SliceBusy: Another worker holds a slice of it.
@@ -210,7 +238,7 @@ class Collector:
         pieces = await self._store.get_native_slices(run.id)
         pieces = [piece for piece in pieces if piece.status is not SliceStatus.ENDED]
         if not pieces:
-            return
+            return None
         keeper = Keeper(
             segments=self._segments,
             gate=asyncio.Event(),
@@ -231,6 +259,7 @@ class Collector:
                     await self._fill_up(each, batch, writing, upstream, job)
             finally:
                 await writing.flush()
+        return writing.longest_input
 
     async def _fill_up(
         self,
@@ -340,9 +369,12 @@ class _Writing:
         self._stats = stats
         self._verdict = verdict
         self.waiting_bytes = 0
+        self.longest_input = 0
 
     def take(self, result: NativeResult) -> None:
         """Keep the first result of a line; others, and those of no line, are left aside."""
+        if result.reply is not None:
+            self.longest_input = max(self.longest_input, result.reply.input_tokens)
         line = parse_line_name(result.custom_id)
         taken = self._of_line.get(line) if line is not None else None
         if taken is None or line is None or line in taken.writer.lines:

@@ -38,6 +38,7 @@ from penstock.model import (
     SegmentObject,
     Slice,
     SliceId,
+    Spent,
     Upload,
     UploadId,
     UploadStatus,
@@ -620,6 +621,11 @@ class Store(Protocol):
 
     async def count_native_lines(self) -> dict[tuple[str, NativeRunStatus], int]:
         """How many lines the runs have that have not ended, by upstream and status."""
+        ...
+
+    async def sum_native_spent(self) -> dict[str, list[Spent]]:
+        """What all runs that have ended took together, by upstream, one for each model and
+        one for those of several models. `longest_input` is the longest that is known."""
         ...
 
     async def get_native_slices(self, run_id: NativeRunId) -> list[Slice]:

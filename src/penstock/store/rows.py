@@ -4,6 +4,7 @@ Where a column and a field have one name they hold one value; the functions here
 rest.
 """
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from penstock.model import (
     Purpose,
     Slice,
     SliceStatus,
+    Spent,
     Upload,
     UploadStatus,
     Usage,
@@ -45,7 +47,9 @@ SLICE_FIELDS = tuple(field.name for field in fields(Slice) if field.name != "usa
 UPLOAD_FIELDS = tuple(field.name for field in fields(Upload) if field.name != "file")
 PART_FIELDS = tuple(field.name for field in fields(Part))
 DELIVERY_FIELDS = tuple(field.name for field in fields(Delivery))
-NATIVE_FIELDS = tuple(field.name for field in fields(NativeRun))
+NATIVE_FIELDS = tuple(field.name for field in fields(NativeRun) if field.name != "spent")
+SPENT = ("answered", "paid_model", "longest_input", *TOKENS)
+"""The columns of a `Spent`."""
 
 
 def to_file(row: RowMapping) -> File:
@@ -66,7 +70,7 @@ def usage_values(usage: Usage) -> dict[str, int]:
     return {name: getattr(usage, name) for name in TOKENS}
 
 
-def to_usage(row: RowMapping, prefix: str = "") -> Usage:
+def to_usage(row: Mapping[Any, Any], prefix: str = "") -> Usage:
     return Usage(**{name: row[prefix + name] for name in TOKENS})
 
 
@@ -183,8 +187,27 @@ def to_delivery(row: RowMapping) -> Delivery:
 def to_native_run(row: RowMapping) -> NativeRun:
     values = {name: row[name] for name in NATIVE_FIELDS}
     values["status"] = NativeRunStatus(row["status"])
+    if row["answered"] is not None:
+        values["spent"] = Spent(
+            answered=row["answered"],
+            usage=to_usage(row),
+            model=row["paid_model"],
+            longest_input=row["longest_input"],
+        )
     return NativeRun(**values)
 
 
 def native_values(run: NativeRun) -> dict[str, Any]:
-    return {name: getattr(run, name) for name in NATIVE_FIELDS}
+    values = {name: getattr(run, name) for name in NATIVE_FIELDS}
+    spent = run.spent
+    if spent is None:
+        return values | dict.fromkeys(SPENT)
+    return (
+        values
+        | usage_values(spent.usage)
+        | {
+            "answered": spent.answered,
+            "paid_model": spent.model,
+            "longest_input": spent.longest_input,
+        }
+    )

@@ -16,14 +16,17 @@ from penstock.model import (
     Slice,
     SliceId,
     SliceStatus,
+    Spent,
 )
 from penstock.store.rows import (
     NATIVE_FIELDS,
     SLICE_FIELDS,
+    SPENT,
     TOKENS,
     native_values,
     to_native_run,
     to_slice,
+    to_usage,
 )
 from penstock.store.tables import native_jobs, slices
 from penstock.store.transactions import SqlTransactions, portions
@@ -57,6 +60,18 @@ class NativeStore(SqlTransactions):
         return {
             (row["upstream"], NativeRunStatus(row["status"])): int(row["lines"]) for row in rows
         }
+
+    async def sum_native_spent(self) -> dict[str, list[Spent]]:
+        found: dict[str, list[Spent]] = {}
+        for row in await self._read(_SUM_SPENT):
+            spent = Spent(
+                answered=int(row["answered"]),
+                usage=to_usage({name: int(row[name]) for name in TOKENS}),
+                model=row["paid_model"],
+                longest_input=row["longest_input"],
+            )
+            found.setdefault(row["upstream"], []).append(spent)
+        return found
 
     async def get_native_slices(self, run_id: NativeRunId) -> list[Slice]:
         return [to_slice(row) for row in await self._read(_SLICES_OF_RUN, {"of_run": run_id})]
@@ -144,7 +159,7 @@ def _keep(db: Connection, run: NativeRun, now: float) -> NativeRun | None:
     return kept
 
 
-_RUNS = select(*(native_jobs.c[name] for name in NATIVE_FIELDS))
+_RUNS = select(*(native_jobs.c[name] for name in (*NATIVE_FIELDS, *SPENT)))
 
 _GET_RUN = _RUNS.where(native_jobs.c.id == bindparam("of_run"))
 
@@ -160,6 +175,18 @@ _COUNT_LINES = (
     )
     .where(native_jobs.c.status != NativeRunStatus.ENDED)
     .group_by(native_jobs.c.upstream, native_jobs.c.status)
+)
+
+_SUM_SPENT = (
+    select(
+        native_jobs.c.upstream,
+        native_jobs.c.paid_model,
+        func.max(native_jobs.c.longest_input).label("longest_input"),
+        *(func.sum(native_jobs.c[name]).label(name) for name in ("answered", *TOKENS)),
+    )
+    .where(native_jobs.c.answered.is_not(None))
+    .group_by(native_jobs.c.upstream, native_jobs.c.paid_model)
+    .order_by(native_jobs.c.upstream, native_jobs.c.paid_model)
 )
 
 _UNFINISHED = _RUNS.where(native_jobs.c.status != NativeRunStatus.ENDED).order_by(

@@ -53,7 +53,7 @@ def _one_of(name: str, statuses: type[StrEnum]) -> CheckConstraint:
     return CheckConstraint(f"{name} IN ({values})", name=name)
 
 
-def _tokens() -> list[Column[int]]:
+def _tokens(*, may_lack: bool = False) -> list[Column[int]]:
     """The figures of a `Usage`, under its names."""
     names = (
         "input_tokens",
@@ -62,7 +62,8 @@ def _tokens() -> list[Column[int]]:
         "reasoning_tokens",
         "total_tokens",
     )
-    return [Column(name, BigInteger, nullable=False, default=0) for name in names]
+    default = None if may_lack else 0
+    return [Column(name, BigInteger, nullable=may_lack, default=default) for name in names]
 
 
 projects = Table(
@@ -222,6 +223,11 @@ native_jobs = Table(
     Column("completed", BigInteger, nullable=False),
     Column("failed", BigInteger, nullable=False),
     Column("version", Integer, nullable=False),
+    # What it took: all of them null, or none but the last two.
+    Column("answered", BigInteger),
+    *_tokens(may_lack=True),
+    Column("paid_model", Text),
+    Column("longest_input", BigInteger),
     _one_of("status", NativeRunStatus),
     CheckConstraint("requests >= 1 AND submission >= 1 AND attempts >= 0", name="counts"),
     CheckConstraint("(status = 'ended') = (due_at IS NULL)", name="due"),

@@ -17,6 +17,8 @@ from penstock.model import (
     NativeRunId,
     NativeRunStatus,
     SliceId,
+    Spent,
+    Usage,
 )
 from penstock.store.base import BatchChange, ClaimedSlice, SliceTally, Store
 from penstock.testing.store import (
@@ -94,6 +96,17 @@ def submitted(run: NativeRun, due_at: float) -> NativeRun:
 
 def over(run: NativeRun) -> NativeRun:
     return replace(run, status=NativeRunStatus.ENDED, due_at=None)
+
+
+def a_spent(model: str | None, *, longest_input: int | None = None) -> Spent:
+    usage = Usage(
+        input_tokens=1000,
+        cached_tokens=100,
+        output_tokens=30,
+        reasoning_tokens=5,
+        total_tokens=1030,
+    )
+    return Spent(answered=18, usage=usage, model=model, longest_input=longest_input)
 
 
 class NativeRunContract:
@@ -228,6 +241,55 @@ class NativeRunContract:
         assert await store.get_native_slices(RUN) == []
         assert indexes_of(await claim(store, ids_of(0, 3))) == [0, 3]
         assert await store.keep_native_run(replace(kept, message="x"), now=NOON) is None
+
+    async def test_what_a_run_took_is_kept_once_with_its_end(self, store: Store) -> None:
+        run = await keep(store, submitted(await start_native(store), NOON + 60))
+        assert await store.sum_native_spent() == {}
+        spent = a_spent("small", longest_input=700)
+        ending = replace(over(run), spent=spent)
+
+        kept = await keep(store, ending)
+
+        assert kept.spent == spent
+        assert await store.get_native_run(RUN) == kept
+        for late in (ending, replace(kept, spent=a_spent("large"))):
+            assert await store.keep_native_run(late, now=NOON) is None
+        assert await store.sum_native_spent() == {"hosted": [spent]}
+
+    async def test_a_run_that_was_not_counted_took_nothing_that_is_known(
+        self, store: Store
+    ) -> None:
+        run = await keep(store, submitted(await start_native(store), NOON + 60))
+
+        await keep(store, over(run))
+
+        assert (await store.get_native_run(RUN)).spent is None
+        assert await store.sum_native_spent() == {}
+
+    async def test_what_runs_took_is_summed_by_upstream_and_model(self, store: Store) -> None:
+        await add_batch(store)
+        several = (("nat-1", "small"), ("nat-2", "small"), ("nat-3", None))
+        runs = [new_run(NativeRunId(name)) for name, _ in several]
+        change = BatchChange(slices=new_slices(1), native_runs=runs)
+        await store.move_batch(BATCH, BatchStatus.IN_PROGRESS, now=NOON, change=change)
+        for run, (_, model) in zip(runs, several, strict=True):
+            await keep(store, replace(over(run), spent=a_spent(model)))
+
+        found = await store.sum_native_spent()
+
+        both = Usage(
+            input_tokens=2000,
+            cached_tokens=200,
+            output_tokens=60,
+            reasoning_tokens=10,
+            total_tokens=2060,
+        )
+        assert list(found) == ["hosted"]
+        by_model = {each.model: each for each in found["hosted"]}
+        assert by_model == {
+            "small": Spent(answered=36, usage=both, model="small", longest_input=None),
+            None: a_spent(None),
+        }
 
     async def test_a_wish_to_cancel_makes_a_run_due_that_waits_or_was_submitted(
         self, store: Store, jobs: RecordedJobs

@@ -28,7 +28,7 @@ CREATE TABLE alembic_version (
     version_num VARCHAR(32) NOT NULL, CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num)
 )
 """
-HEAD = "0004"
+HEAD = "0005"
 """The newest version, the number of the last file in `versions`."""
 FLOOR = "0003"
 """The oldest version whose code can work with `HEAD`."""
