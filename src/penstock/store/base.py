@@ -595,7 +595,8 @@ class Store(Protocol):
         ...
 
     async def forget_slices(self, batch_id: BatchId) -> None:
-        """Delete the slices of a final batch, whose files hold all there is to know."""
+        """Delete the slices of a final batch, whose files hold all there is to know, but for
+        those that a native run holds: they go when it ends."""
         ...
 
     # Native runs
@@ -635,7 +636,8 @@ class Store(Protocol):
     async def keep_native_run(self, run: NativeRun, *, now: float) -> NativeRun | None:
         """Keep how far a run has come, and enqueue its job for when it is due next.
 
-        A run that has ended lets go of its slices, and the batch's `finalize` job is enqueued.
+        A run that has ended lets go of its slices, which go with that if their batch is final,
+        and the batch's `finalize` job is enqueued.
         The wish to cancel is never taken back: where the store knows of one that `run` does
         not, it stays, and a run that waits or was submitted is due now.
 

@@ -80,7 +80,7 @@ from penstock.store.rows import (
 from penstock.store.sql_budgets import BudgetStore
 from penstock.store.sql_natives import NativeStore, native_job
 from penstock.store.sql_segments import SegmentStore
-from penstock.store.sql_upkeep import FORGET_ALL_FINAL, UpkeepStore, has_slices
+from penstock.store.sql_upkeep import FORGET_ALL_FINAL, FORGET_FINAL, UpkeepStore, has_slices
 from penstock.store.sql_uploads import UploadStore
 from penstock.store.sql_webhooks import WebhookStore, add_deliveries
 from penstock.store.sql_workers import WorkerStore
@@ -459,7 +459,7 @@ class SqlStore(
 
     async def forget_slices(self, batch_id: BatchId) -> None:
         key = {"batch_id": batch_id}
-        await self._write(lambda db: db.execute(_FORGET_SLICES, key), durable=False)
+        await self._write(lambda db: db.execute(FORGET_FINAL, key), durable=False)
 
 
 # Statements, in the order of the methods
@@ -708,11 +708,6 @@ _LATE_SLICES = (
 )
 
 _RELEASE_SLICES = update(slices).where(_IS_ONE_OF_THEM).values(_GIVEN_BACK)
-
-_FORGET_SLICES = delete(slices).where(
-    slices.c.batch_id == bindparam("batch_id"),
-    exists().where(batches.c.id == slices.c.batch_id, batches.c.status.in_(FINAL)),
-)
 
 
 # Rules

@@ -28,6 +28,7 @@ from penstock.store.rows import (
     to_slice,
     to_usage,
 )
+from penstock.store.sql_upkeep import FORGET_FINAL
 from penstock.store.tables import native_jobs, slices
 from penstock.store.transactions import SqlTransactions, portions
 
@@ -85,6 +86,7 @@ class NativeStore(SqlTransactions):
                 return None
             if kept.status is NativeRunStatus.ENDED:
                 db.execute(_LET_GO, {"of_run": run.id})
+                db.execute(FORGET_FINAL, {"batch_id": run.batch_id})
                 jobs.append(Job(kind=JobKind.FINALIZE, id=run.batch_id))
             else:
                 jobs.append(native_job(kept))

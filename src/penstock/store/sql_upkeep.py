@@ -51,5 +51,9 @@ _LOST_JOBS = (
 )
 
 FORGET_ALL_FINAL = delete(slices).where(
-    exists().where(batches.c.id == slices.c.batch_id, batches.c.status.in_(FINAL))
+    # What a native run holds is still to be counted.
+    slices.c.native_run.is_(None),
+    exists().where(batches.c.id == slices.c.batch_id, batches.c.status.in_(FINAL)),
 )
+
+FORGET_FINAL = FORGET_ALL_FINAL.where(slices.c.batch_id == bindparam("batch_id"))

@@ -256,6 +256,26 @@ class NativeRunContract:
             assert await store.keep_native_run(late, now=NOON) is None
         assert await store.sum_native_spent() == {"hosted": [spent]}
 
+    async def test_slices_of_a_run_outlive_their_batch_until_it_has_ended(
+        self, store: Store
+    ) -> None:
+        run = await start_native(store)
+        claims = await claim_native(store, 0, 3)
+        claims += await claim(store, ids_of(1, 2))
+        await report(store, *(ended(each) for each in claims))
+        await move(store, BatchStatus.FINALIZING)
+        await move(store, BatchStatus.COMPLETED)
+
+        await store.forget_slices(BATCH)
+        await store.forget_final_slices()
+
+        held = await store.get_native_slices(RUN)
+        assert [piece.index for piece in held] == [0, 3]
+        assert all(piece.completed for piece in held)
+        assert [piece.index for piece in await store.get_slices(BATCH)] == [0, 3]
+        await keep(store, over(run))
+        assert await store.get_slices(BATCH) == []
+
     async def test_a_run_that_was_not_counted_took_nothing_that_is_known(
         self, store: Store
     ) -> None:
