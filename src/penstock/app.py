@@ -58,6 +58,8 @@ from penstock.executor.worker import Worker, WorkerOptions
 from penstock.keys import key_digest, key_hint, new_key
 from penstock.model import ApiKey, JobKind, KeyId, ProjectId, Webhook, WebhookId
 from penstock.places import KEY_FILE, store_url
+from penstock.prices import PriceBook
+from penstock.pricing import open_prices, sum_up
 from penstock.service import Service, ServiceLimits, UpstreamChoices
 from penstock.settings import DEFAULT_PROJECT, Settings, Upstream
 from penstock.store.sql import SqlStore
@@ -186,8 +188,9 @@ async def open_app(
                 may_sweep=may_sweep,
             )
             await stack.enter_async_context(work)
+        prices = open_prices(settings, ground.routes.find_one)
         if serves:
-            counting = asyncio.create_task(_count_pending(store, ground.metrics))
+            counting = asyncio.create_task(_count(store, ground.metrics, prices))
             stack.callback(counting.cancel)
         if not works:
             watching = asyncio.create_task(_watch_database(store, ground.health))
@@ -201,6 +204,7 @@ async def open_app(
                 upstreams=ground.routes,
                 limits=limits,
                 choices=choices,
+                prices=prices,
                 clock=clock.now,
             ),
             uploads=Uploads(store=store, blobs=ground.blobs, limits=limits, clock=clock.now),
@@ -241,14 +245,18 @@ async def _open_ground(settings: Settings, stack: contextlib.AsyncExitStack) -> 
     return _Ground(engine, store, blobs, segments, routes, health, Metrics(health))
 
 
-async def _count_pending(store: SqlStore, metrics: Metrics) -> None:
-    """Keep count of the lines that wait, here or at providers, for `/metrics`, until
-    cancelled."""
+async def _count(store: SqlStore, metrics: Metrics, prices: PriceBook) -> None:
+    """Keep count of the lines that wait, here or at providers, and of what jobs there took,
+    for `/metrics`, until cancelled."""
     while True:
         with contextlib.suppress(StorageUnavailable):
             metrics.pending_lines = await store.count_pending_lines(now=int(clock.now()))
             natives = await store.count_native_lines()
             metrics.native_lines = {(name, str(at)): n for (name, at), n in natives.items()}
+            if spent := await store.sum_native_spent():
+                metrics.native_figures = await asyncio.to_thread(
+                    sum_up, prices, spent, now=clock.now()
+                )
         await asyncio.sleep(_COUNT_S)
 
 

@@ -23,6 +23,8 @@ from penstock.engine.postgres import check_queue, install_queue
 from penstock.errors import PenstockError, UpstreamDown
 from penstock.events import sample_event
 from penstock.places import database_path, store_url
+from penstock.price_table import GenaiPrices, find_table
+from penstock.pricing import tell_prices
 from penstock.settings import Settings, Upstream, WebhookSettings
 from penstock.store.sql import SqlStore
 from penstock.upstream.anthropic_batch import REQUESTS
@@ -61,8 +63,8 @@ class Finding:
 
 
 async def check_all(settings: Settings) -> list[Finding]:
-    """Try the data directory, the database, the storage, every upstream and its batch
-    API if it is used, and list the webhooks, in this order.
+    """Try the data directory, the database, the storage, every upstream and, if it is used,
+    its batch API and what that costs, and list the webhooks, in this order.
 
     A cluster whose state and files are both elsewhere has no data directory to try.
     """
@@ -86,6 +88,8 @@ async def check_all(settings: Settings) -> list[Finding]:
     findings += await asyncio.gather(*map(check_upstream, settings.upstreams))
     native = [upstream for upstream in settings.upstreams if upstream.mode != "lines"]
     findings += await asyncio.gather(*map(check_batches, native))
+    table = find_table() if native else None
+    findings += [check_prices(upstream, table) for upstream in native]
     findings += map(list_webhook, settings.webhooks)
     return findings
 
@@ -228,6 +232,13 @@ async def check_batches(settings: Upstream) -> Finding:
         hint = "correct its settings, or set its mode to lines."
         return Finding(what, Verdict.PROBLEM, f"{str(error).rstrip('.')}; {hint}")
     return Finding(what, Verdict.OK, "Its batch API answers.")
+
+
+def check_prices(settings: Upstream, table: GenaiPrices | None) -> Finding:
+    """Whether it is known what the batches of an upstream cost."""
+    message, is_known = tell_prices(settings, table)
+    verdict = Verdict.OK if is_known else Verdict.NOTE
+    return Finding(f"prices of {settings.name}", verdict, message)
 
 
 def list_webhook(hook: WebhookSettings) -> Finding:

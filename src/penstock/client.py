@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -139,6 +140,31 @@ class UpstreamState:
     """What keeps lines waiting now."""
     batches: dict[str, int] = field(default_factory=dict[str, int])
     """How many lines its own batch API has or is to have, by where they stand."""
+
+
+class CostObject(msgspec.Struct, kw_only=True):
+    """Lines of a batch that were run one way, and what that cost in US dollars."""
+
+    mode: str
+    """`native` at the provider's batch API, or `lines`."""
+    upstream: str | None = None
+    model: str | None = None
+    status: str = "ended"
+    requests: int = 0
+    usage: UsageObject | None = None
+    cost: Decimal | None = None
+    """None if it is not known."""
+    line_cost: Decimal | None = None
+    at_least: bool = False
+    source: str | None = None
+
+
+class CostsObject(msgspec.Struct, kw_only=True):
+    """What a batch cost."""
+
+    data: list[CostObject] = []
+    document: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
+    """All that the server said, as it said it."""
 
 
 class _FileObject(msgspec.Struct):
@@ -308,6 +334,17 @@ class Client:
     def cancel_batch(self, batch_id: str) -> BatchObject:
         """Cancel a batch; it is `cancelling` until its lines in flight have ended."""
         return self._batch(self._http.post(f"{self._batch_url(batch_id)}/cancel"))
+
+    def get_costs(self, batch_id: str) -> CostsObject | None:
+        """Get what a batch that is there cost; None if the server does not tell."""
+        request = self._http.get(f"{self._batch_url(batch_id)}/costs").timeout(_ANSWER_S)
+        try:
+            document = self._decode(self._send(request), dict[str, Any])
+            costs = msgspec.convert(document, CostsObject, strict=False)
+        except (NotFound, ServerFailed, msgspec.ValidationError):
+            return None
+        costs.document = document
+        return costs
 
     def iter_batches(
         self, *, limit: int | None, status: str | None = None, job_name: str | None = None

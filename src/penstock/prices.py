@@ -84,7 +84,7 @@ class Terms:
     kind: str
     base_url: str
     prices: tuple[tuple[str, Rates], ...] = ()
-    """By glob pattern of models; the first that matches counts."""
+    """By glob pattern of models; the longest that matches counts, as it says most."""
     batch_discount: Decimal | None = None
 
     @property
@@ -138,10 +138,11 @@ def find_quote(
 ) -> Quote | None:
     """What a model costs: by the settings, else by the table; None if nobody knows."""
     discount = terms.discount
-    for pattern, rates in terms.prices:
-        if fnmatchcase(model, pattern):
-            in_batch = discount.apply(rates) if discount else None
-            return Quote(by_line=rates, in_batch=in_batch, source=SETTINGS)
+    matching = [each for each in terms.prices if fnmatchcase(model, each[0])]
+    if matching:
+        _, rates = max(matching, key=lambda each: len(each[0]))
+        in_batch = discount.apply(rates) if discount else None
+        return Quote(by_line=rates, in_batch=in_batch, source=SETTINGS)
     if table is None:
         return None
     listed = table.find(kind=terms.kind, base_url=terms.base_url, model=model, at=at)

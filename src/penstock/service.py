@@ -5,6 +5,7 @@ IDs cannot be probed. Nothing here runs a line: a batch that was created here is
 store by the executor.
 """
 
+import asyncio
 import hashlib
 import secrets
 import time
@@ -40,6 +41,7 @@ from penstock.model import (
     find_endpoint,
     parse_window,
 )
+from penstock.prices import CostItem, PriceBook
 from penstock.refusals import check_text, quoted, unsupported
 from penstock.store.base import BatchFilter, Page, Store
 
@@ -162,9 +164,11 @@ class Service:
         upstreams: ModelCatalog,
         limits: ServiceLimits,
         choices: Mapping[ProjectId, UpstreamChoices] | None = None,
+        prices: PriceBook | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._choices = choices or {}
+        self._prices = prices or PriceBook()
         self._store = store
         self._blobs = blobs
         self._partial = partial
@@ -483,6 +487,18 @@ class Service:
                 return await self._store.move_batch(
                     batch.id, BatchStatus.CANCELLING, now=int(self._clock())
                 )
+
+    async def get_costs(self, project_id: ProjectId, batch_id: str) -> list[CostItem]:
+        """What a batch cost so far: its jobs at providers, and its lines one by one.
+
+        Raises:
+            NotFound: No such batch in this project.
+        """
+        batch = await self.get_batch(project_id, batch_id)
+        runs = await self._store.list_native_runs(batch.id)
+        # Again, for what these runs took must be among what the batch took.
+        batch = await self.get_batch(project_id, batch_id)
+        return await asyncio.to_thread(self._prices.price_batch, batch, runs)
 
     async def open_output(self, project_id: ProjectId, batch_id: str) -> AsyncIterator[bytes]:
         """Start to read the results of a batch, so far or final, good ones first.

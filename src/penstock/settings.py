@@ -26,6 +26,7 @@ from penstock.addresses import is_private_host
 from penstock.errors import InvalidSettings
 from penstock.model import parse_window
 from penstock.places import DEFAULT_DATA_DIR, find_config, read_config
+from penstock.settings_prices import ModelPrices, Share
 from penstock.settings_sources import (
     ListOf,
     SettingPath,
@@ -423,6 +424,20 @@ class Upstream(Table):
         default=False,
     )
     max_attempts: Whole = _whole(5, "How often a line is tried before it fails.")
+    prices: dict[Text, ModelPrices] = _setting(
+        "What models cost, by glob pattern, of which the longest that matches counts, in US "
+        "dollars for a million tokens: `input`, `output` and, if it is another, "
+        "`cached_input`; for other models list prices are asked.",
+        'a table such as { "gpt-*" = { input = 2, cached_input = 0.5, output = 8 } } with '
+        "numbers from 0",
+        default={},
+    )
+    batch_discount: Share | None = _setting(
+        "How much less a batch of the provider costs than lines one by one, such as `0.5` for "
+        "half; without it, what is known of the kind.",
+        "a number from 0 to 1",
+        default=None,
+    )
 
 
 class ProjectSettings(Table):

@@ -109,8 +109,9 @@ class Sources:
             origin = f"environment variable {variable}"
             spot = self._find(path, origin)
             if text := environ[variable].strip():
-                is_one = (
-                    isinstance(spot, FieldInfo) and get_origin(spot.annotation) is not tuple
+                is_one = isinstance(spot, FieldInfo) and get_origin(spot.annotation) not in (
+                    tuple,
+                    dict,
                 )
                 self.put(path, text if is_one else _json(path, text, origin), origin)
 
@@ -289,6 +290,12 @@ def show(value: object) -> str:
         items = cast("tuple[object, ...]", value)
         shown = (f'"{item}"' if isinstance(item, str) else show(item) for item in items)
         return f"[{', '.join(shown)}]"
+    if isinstance(value, dict):
+        entries = cast("dict[str, object]", value)
+        return f"{{{', '.join(f'{json.dumps(key)}: {show(entries[key])}' for key in entries)}}}"
+    if isinstance(value, Table):
+        given = (name for name in type(value).model_fields if getattr(value, name) is not None)
+        return f"{{{', '.join(f'{name}: {show(getattr(value, name))}' for name in given)}}}"
     if isinstance(value, SecretStr):
         return "***"
     if value is None:

@@ -162,6 +162,20 @@ class WorkStats:
         self.batches[status] = self.batches.get(status, 0) + 1
 
 
+@dataclass(slots=True)
+class NativeFigures:
+    """What jobs at the batch API of one upstream took and cost, all that were ever counted."""
+
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    cost_usd: float = 0.0
+    by_line_usd: float = 0.0
+    """What the same would have cost line by line."""
+    unpriced_tokens: int = 0
+    """Those whose price is not known."""
+
+
 class Metrics:
     """All that `/metrics` shows, each metric declared here.
 
@@ -179,6 +193,8 @@ class Metrics:
         """Lines for workers of all batches that lack their result; None where nobody counts."""
         self.native_lines: Mapping[tuple[str, str], int] = {}
         """Lines that batch APIs of providers have or are to have, by upstream and status."""
+        self.native_figures: Mapping[str, NativeFigures] = {}
+        """What they took and cost, by upstream."""
         self._registry = CollectorRegistry(auto_describe=False)
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
@@ -246,6 +262,7 @@ class Metrics:
         for (upstream, status), count in sorted(self.native_lines.items()):
             natives.add_metric([upstream, status], count)
         yield natives
+        yield from self._collect_natives()
         yield HistogramMetricFamily(
             "penstock_flush_duration_seconds",
             "How long it took to make a group of results durable.",
@@ -261,6 +278,36 @@ class Metrics:
         for name in self._health.faults():
             faults.add_metric([name], 1)
         yield faults
+
+    def _collect_natives(self) -> Iterator[Metric]:
+        tokens = CounterMetricFamily(
+            "penstock_native_tokens",
+            "Tokens that batches of providers took; cached ones are input too.",
+            labels=["upstream", "kind"],
+        )
+        unpriced = CounterMetricFamily(
+            "penstock_native_unpriced_tokens",
+            "Tokens among them whose price is not known.",
+            labels=["upstream"],
+        )
+        cost = CounterMetricFamily(
+            "penstock_native_cost_usd",
+            "What the others cost, at today's prices, in US dollars.",
+            labels=["upstream"],
+        )
+        by_line = CounterMetricFamily(
+            "penstock_native_by_line_cost_usd",
+            "What they would have cost line by line, in US dollars.",
+            labels=["upstream"],
+        )
+        for name, figures in sorted(self.native_figures.items()):
+            tokens.add_metric([name, "input"], figures.input_tokens)
+            tokens.add_metric([name, "cached"], figures.cached_tokens)
+            tokens.add_metric([name, "output"], figures.output_tokens)
+            unpriced.add_metric([name], figures.unpriced_tokens)
+            cost.add_metric([name], figures.cost_usd)
+            by_line.add_metric([name], figures.by_line_usd)
+        yield from (tokens, unpriced, cost, by_line)
 
     def _collect_upstreams(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from decimal import Decimal
 from itertools import pairwise
 from math import ceil
 from types import TracebackType
@@ -19,7 +20,14 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from penstock.client import BatchObject, Client, NoServer, ServerFailed, UpstreamState
+from penstock.client import (
+    BatchObject,
+    Client,
+    CostObject,
+    NoServer,
+    ServerFailed,
+    UpstreamState,
+)
 from penstock.model import FINAL
 
 _FIRST_POLL_S = 0.1
@@ -332,7 +340,11 @@ _REASONS = {
 
 
 def batch_view(
-    batch: BatchObject, *, now: float, upstreams: Sequence[UpstreamState] = ()
+    batch: BatchObject,
+    *,
+    now: float,
+    upstreams: Sequence[UpstreamState] = (),
+    costs: Sequence[CostObject] = (),
 ) -> Table:
     """All that is worth knowing of one batch, and of where its lines go while it runs."""
     view = Table.grid(padding=(0, 2))
@@ -359,6 +371,8 @@ def batch_view(
     row("Elapsed", span((batch.ended_at or now) - batch.created_at))
     row("Expires", _expiry(batch, now))
     row("Tokens", _tokens(batch))
+    for label, text in _costs(costs):
+        row(label, text)
     row("Input file", batch.input_file_id)
     row("Output file", batch.output_file_id)
     row("Error file", batch.error_file_id)
@@ -408,6 +422,47 @@ def _tokens(batch: BatchObject) -> str | None:
         f"{usage.input_tokens:,} in ({cached:,} cached), "
         f"{usage.output_tokens:,} out ({reasoning:,} reasoning), {usage.total_tokens:,} in all"
     )
+
+
+def tokens(count: int) -> str:
+    """A number of tokens, short: `950`, `12.3 k` or `2.1 M`."""
+    if count < 10_000:
+        return f"{count:,} tokens"
+    return f"{count / 1e6:,.1f} M tokens" if count >= 1e6 else f"{count / 1e3:.1f} k tokens"
+
+
+def dollars(amount: Decimal) -> str:
+    """An amount in cents; less than one with two digits that count."""
+    if not amount or amount >= Decimal("0.01"):
+        return f"{amount:,.2f}"
+    return f"{amount:.{1 - amount.adjusted()}f}"
+
+
+def _costs(costs: Sequence[CostObject]) -> Iterable[tuple[str, str]]:
+    """What jobs at providers cost, and lines one by one where that is known, or beside those.
+    With a server of one's own, prices are of no concern."""
+    has_jobs = any(cost.mode == "native" for cost in costs)
+    for cost in costs:
+        if has_jobs or cost.cost is not None:
+            label = f"At {cost.upstream}" if cost.mode == "native" else "Line by line"
+            yield clean(label), _cost(cost)
+
+
+def _cost(cost: CostObject) -> str:
+    lines = f"{cost.requests:,} lines"
+    if cost.status == "running":
+        return f"{lines}, not ended yet"
+    if cost.usage is None:
+        return f"{lines}; what they took is not known"
+    told = [lines, tokens(cost.usage.total_tokens)]
+    least = "at least " if cost.at_least else ""
+    told.append("price unknown" if cost.cost is None else f"{least}US$ {dollars(cost.cost)}")
+    beside = [f"by {cost.source}"] if cost.source else []
+    if cost.mode == "native" and cost.line_cost is not None:
+        beside.insert(0, f"line by line: {dollars(cost.line_cost)}")
+    of_model = f" of {cost.model}" if cost.model else ""
+    told[0] += of_model
+    return ", ".join(told) + (f" ({'; '.join(beside)})" if beside else "")
 
 
 def _faults(batch: BatchObject) -> Iterable[tuple[str, str]]:

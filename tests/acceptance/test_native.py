@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from openai import AsyncOpenAI, BadRequestError
 
 from tests.integration.bench import line
 from tests.providers.one_batch import NAMES
-from tests.providers.openai_server import CONTENT, CREATE, GET, UPLOAD, OpenAIProvider
+from tests.providers.openai_server import CONTENT, CREATE, GET, KEY, UPLOAD, OpenAIProvider
 
 PATIENCE_S = 60.0
 
@@ -206,3 +207,52 @@ async def test_a_client_chooses_an_upstream_where_its_project_may(tmp_path: Path
             while (now := await client.batches.retrieve(without)).status != "failed":
                 await asyncio.sleep(0.05)
     assert provider.batches == {}
+
+
+async def test_status_says_what_a_provider_was_paid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prices = {"m": {"input": 40, "cached_input": 40, "output": 200}}
+    monkeypatch.setenv("PENSTOCK_UPSTREAMS__0__PRICES", json.dumps(prices))
+    monkeypatch.setenv("PENSTOCK_UPSTREAMS__0__BATCH_DISCOUNT", "0.5")
+    data = b"".join(line(name) for name in NAMES)
+    async with (
+        OpenAIProvider(is_quick=True) as provider,
+        served(
+            tmp_path / "one",
+            base_url=provider.base_url,
+            upstream_key=KEY,
+            kind="openai",
+            mode="native",
+        ) as client,
+    ):
+        file = await client.files.create(file=("in.jsonl", data), purpose="batch")
+        batch = await client.batches.create(
+            input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
+        )
+        monkeypatch.setenv("PENSTOCK_URL", str(client.base_url).removesuffix("/v1/"))
+        monkeypatch.setenv("PENSTOCK_API_KEY", client.api_key)
+
+        async def status(*more: str) -> str:
+            process = await start("-m", "penstock", "status", batch.id, *more)
+            output, errors = await process.communicate()
+            assert process.returncode == 0, errors.decode()
+            return output.decode()
+
+        told = json.loads(await status("--json"))
+        async with asyncio.timeout(PATIENCE_S):
+            while told["status"] != "completed" or told["costs"]["cost"] is None:
+                await asyncio.sleep(0.1)
+                told = json.loads(await status("--json"))
+        [item] = told["costs"]["data"]
+        shown = " ".join((await status()).split())
+        as_it_is = await client.batches.retrieve(batch.id)
+
+    usage = told["usage"]
+    by_line = Decimal(40 * usage["input_tokens"] + 200 * usage["output_tokens"]) / 10**6
+    assert item["usage"] == usage
+    assert (item["mode"], item["upstream"], item["model"]) == ("native", "first", "m")
+    assert Decimal(item["line_cost"]) == by_line > 0
+    assert Decimal(item["cost"]) == Decimal(told["costs"]["cost"]) == by_line / 2
+    assert f"At first {len(NAMES)} lines of m, {usage['total_tokens']:,} tokens, US$" in shown
+    assert "costs" not in as_it_is.model_dump()

@@ -285,6 +285,8 @@ PROVOKED: list[tuple[str, int, Provoke]] = [
     ("getBatchOutput", 200, output("application/jsonl")),
     ("getBatchOutput", 200, output("application/x-ndjson")),
     ("getBatchOutput", 404, get("/batches/x/output")),
+    ("getBatchCosts", 200, lambda t, h: h.get(f"/batches/{full_batch(t, h)}/costs")),
+    ("getBatchCosts", 404, get("/batches/x/costs")),
     ("createFile", 200, lambda _, h: upload(h, "batch")),
     ("createFile", 400, lambda _, h: upload(h, "nothing")),
     (

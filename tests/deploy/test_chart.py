@@ -322,6 +322,7 @@ def test_texts_and_numbers_arrive_as_they_were_given(render: Render) -> None:
     assert settings["limits"] == {"input_file_bytes": 2147483648, "strict_openai": False}
     assert settings["worker"] == {"flush_interval_s": 0.25}
     assert settings["upstreams"][0]["models"] == ["qwen*", 'a "quoted" <name> & é\\']
+    assert settings["upstreams"][0]["prices"] == {"qwen*": {"input": 0.5, "output": 2}}
 
 
 @pytest.mark.parametrize("case", NAMES)

@@ -1,7 +1,8 @@
 """Batches that a provider's own batch API runs, over a provider that misbehaves."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 
 from penstock.executor import native_plan
 from penstock.executor.native import NativePolicy
-from penstock.model import Batch, BatchStatus, Counts, NativeRun
+from penstock.model import Batch, BatchStatus, Counts, NativeRun, NativeRunStatus
+from penstock.prices import Cost, CostItem
+from penstock.telemetry import NativeFigures
 from penstock.upstream.openai_batch import DIALECTS
 from tests.integration.bench import (
     Bench,
@@ -80,6 +83,27 @@ async def wait_until_cleaned_up(provider: OpenAIProvider) -> None:
     await until(is_clean)
 
 
+async def costs_of(bench: Bench, batch: Batch) -> list[CostItem]:
+    """What a batch cost, once its jobs have been counted."""
+
+    async def are_over() -> bool:
+        return all(run.status is NativeRunStatus.ENDED for run in await runs_of(bench, batch))
+
+    await until(are_over)
+    return await bench.app.service.get_costs(bench.app.project_id, batch.id)
+
+
+async def wait_for_figures(bench: Bench) -> Mapping[str, NativeFigures]:
+    """What the metrics say once the store was asked again."""
+    bench.app.metrics.native_figures = {}
+
+    async def are_there() -> bool:
+        return bool(bench.app.metrics.native_figures)
+
+    await until(are_there)
+    return bench.app.metrics.native_figures
+
+
 def texts(lines: list[Any]) -> list[str]:
     return [each["response"]["body"]["choices"][0]["message"]["content"] for each in lines]
 
@@ -105,6 +129,95 @@ async def test_a_batch_is_run_as_one_job_and_its_results_stand_in_input_order(
     assert ids(output) == texts(output) == NAMES
     assert errors == []
     assert "POST /chat/completions" not in provider.calls
+
+
+async def test_what_a_job_took_and_cost_is_told(
+    data_dir: Path, provider: OpenAIProvider
+) -> None:
+    provider.is_quick = True
+    prices = {"m": {"input": 4, "cached_input": 1, "output": 20}}
+    async with bench(data_dir, provider, prices=prices, batch_discount=0.5) as it:
+        batch = await it.create(*NAMES)
+        ended = await it.wait_until_ended(batch)
+
+        [item] = await costs_of(it, batch)
+        [run] = await runs_of(it, batch)
+        assert await it.slices(batch) == []
+        told = await wait_for_figures(it)
+
+    assert run.spent is not None
+    assert (run.spent.answered, run.spent.model) == (10, "m")
+    assert run.spent.usage == item.usage == ended.usage
+    usage = ended.usage
+    assert usage.cached_tokens == 0 < usage.output_tokens
+    by_line = Decimal(4 * usage.input_tokens + 20 * usage.output_tokens) / 1_000_000
+    assert (item.requests, item.answered, item.jobs) == (10, 10, 1)
+    assert item.cost == Cost(
+        usd=by_line / 2, by_line_usd=by_line, is_least=False, source="settings"
+    )
+    assert told["one"] == NativeFigures(
+        input_tokens=usage.input_tokens,
+        output_tokens=usage.output_tokens,
+        cost_usd=float(by_line / 2),
+        by_line_usd=float(by_line),
+    )
+
+
+async def test_what_nobody_knows_of_a_jobs_price_is_not_0(
+    data_dir: Path, provider: OpenAIProvider
+) -> None:
+    provider.is_quick = True
+    other = {"other": {"input": 4, "output": 20}}
+    async with bench(data_dir, provider, prices=other, batch_discount=0.5) as it:
+        batch = await it.create(*NAMES)
+        ended = await it.wait_until_ended(batch)
+
+        [item] = await costs_of(it, batch)
+        told = await wait_for_figures(it)
+
+    assert item.usage == ended.usage
+    assert (item.cost.usd, item.cost.by_line_usd) == (None, None)
+    assert told["one"].unpriced_tokens == ended.usage.total_tokens
+    assert told["one"].cost_usd == 0
+
+
+async def test_lines_that_a_job_left_over_are_told_apart_from_those_it_ran(
+    data_dir: Path, provider: OpenAIProvider
+) -> None:
+    prices = {"m": {"input": 4, "output": 20}}
+    async with bench(
+        data_dir, provider, prices=prices, batch_discount=0.5, fallback="lines"
+    ) as it:
+        batch = await it.create(*NAMES)
+        [native_id] = await wait_for_jobs(provider, 1)
+        provider.end(native_id, "expired", only=8)
+        ended = await it.wait_until_ended(batch)
+
+        job, lines = await costs_of(it, batch)
+
+    assert ended.counts.completed == 10
+    assert (job.is_native, job.requests, job.answered) == (True, 10, 8)
+    assert (lines.is_native, lines.answered, lines.upstream) == (False, 2, "one")
+    assert job.usage is not None
+    assert lines.usage is not None
+    assert job.usage + lines.usage == ended.usage
+    assert lines.cost.usd == lines.cost.by_line_usd
+    assert job.cost.by_line_usd == 2 * (job.cost.usd or 0)
+
+
+async def test_a_job_whose_results_are_not_to_be_had_cost_what_nobody_knows(
+    data_dir: Path, provider: OpenAIProvider
+) -> None:
+    async with bench(data_dir, provider, prices={"*": {"input": 4, "output": 20}}) as it:
+        batch = await it.create(*NAMES)
+        [native_id] = await wait_for_jobs(provider, 1)
+        del provider.batches[native_id]
+        ended = await it.wait_until_ended(batch)
+
+        [item] = await costs_of(it, batch)
+
+    assert ended.counts.failed == 10
+    assert (item.is_over, item.answered, item.usage, item.cost) == (True, None, None, Cost())
 
 
 async def test_a_mixed_file_is_fanned_out_and_put_together_again(

@@ -62,6 +62,8 @@ class Stub:
         """How batches are refused instead of created."""
         self.metrics = ""
         """What `/metrics` shows; empty answers 404."""
+        self.costs: dict[str, Any] | None = None
+        """What any batch cost; None: as a server that does not tell."""
         self.failures = 0
         """How many of the next requests are answered with 503."""
         self.asked: list[tuple[str, str]] = []
@@ -125,6 +127,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(stub.metrics)))
             self.end_headers()
             self.wfile.write(stub.metrics.encode())
+        elif path.endswith("/costs") and stub.costs is not None:
+            self._send(200, stub.costs)
         elif match := re.fullmatch(r"/v1/batches/(\w+)(/cancel)?", path):
             self._batch(match[1], cancel=match[2] is not None)
         elif match := re.fullmatch(r"/v1/files/([\w-]+)(/content)?", path):

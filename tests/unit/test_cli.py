@@ -307,6 +307,28 @@ def test_status_shows_a_batch(stub: Stub) -> None:
     assert document("status", batch_id) == stub.batches[0]
 
 
+def test_status_says_what_a_batch_cost(stub: Stub) -> None:
+    stub.batches = [a_batch(status="completed", completed_at=NOON + 9)]
+    usage = {"input_tokens": 2_000_000, "output_tokens": 100_000, "total_tokens": 2_100_000}
+    native = {"mode": "native", "upstream": "openai", "model": "gpt-5", "jobs": 2}
+    stub.costs = {
+        "object": "batch.costs",
+        "data": [
+            native
+            | {"requests": 1000, "usage": usage, "cost": "1.23", "line_cost": "2.46"}
+            | {"source": "settings"},
+        ],
+    }
+    batch_id = stub.batches[0]["id"]
+
+    shown = " ".join(run("status", batch_id).stdout.split())
+    assert (
+        "At openai 1,000 lines of gpt-5, 2.1 M tokens, "
+        "US$ 1.23 (line by line: 2.46; by settings)" in shown
+    )
+    assert document("status", batch_id) == stub.batches[0] | {"costs": stub.costs}
+
+
 def test_status_says_what_keeps_lines_waiting(stub: Stub) -> None:
     stub.batches = [a_batch(status="in_progress", request_counts=counts(10, 6, 1))]
     stub.metrics = """# TYPE penstock_upstream_in_flight_requests gauge

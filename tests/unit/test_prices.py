@@ -131,9 +131,9 @@ def test_every_discount_is_of_a_kind_that_has_batches() -> None:
     assert all(KINDS[name].batches for name in KIND_DISCOUNTS)
 
 
-def test_the_settings_win_and_their_first_pattern_counts() -> None:
+def test_the_settings_win_and_their_longest_pattern_counts() -> None:
     table = Table(Listed(by_line=rates("9", "9"), in_batch=rates("8", "8")))
-    prices = (("list*", rates("1", "2")), ("*", rates("3", "4")))
+    prices = (("*", rates("3", "4")), ("list*", rates("1", "2")), ("l*", rates("5", "6")))
 
     quote = find_quote(
         terms(prices=prices, batch_discount=Decimal("0.25")), "listed", table=table, at=0

@@ -1,6 +1,7 @@
 """Where settings come from, which one wins and what is refused."""
 
 import os
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -638,3 +639,47 @@ def test_a_storage_url_names_a_bucket(url: str, is_good: bool) -> None:
         assert load(toml).storage_url == url.rstrip("/")
     else:
         assert f'storage_url is "{url}"' in refused(toml)
+
+
+# Prices
+
+
+def test_prices_are_read_from_the_file_or_as_json_and_shown_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    toml = UPSTREAM + 'prices."gpt-*" = { input = 0.15, output = 2 }\nbatch_discount = 0.25'
+    settings = load(toml)
+
+    shown = {row.name: row.value for row in settings.describe()}
+    assert settings.upstreams[0].prices["gpt-*"].input == Decimal("0.15")
+    assert settings.upstreams[0].batch_discount == Decimal("0.25")
+    assert shown["upstreams[0].prices"] == '{"gpt-*": {input: 0.15, output: 2}}'
+
+    text = '{"m": {"input": 1, "cached_input": 0.5, "output": 3}}'
+    monkeypatch.setenv("PENSTOCK_UPSTREAMS__0__PRICES", text)
+    [upstream] = load(toml).upstreams
+    assert list(upstream.prices) == ["m"]
+    assert upstream.prices["m"].cached_input == Decimal("0.5")
+
+
+@pytest.mark.parametrize(
+    ("line", "start"),
+    [
+        ('prices."m" = { input = -1, output = 1 }', "upstreams[0].prices.m.input is -1"),
+        ('prices."m" = { input = true, output = 1 }', "upstreams[0].prices.m.input is true"),
+        ('prices."m" = { input = 1 }', "upstreams[0].prices.m.output is missing"),
+        (
+            'prices."m" = { input = 1, output = 1, cache = 1 }',
+            "upstreams[0].prices.m.cache is 1",
+        ),
+        ('prices."m" = 3', "upstreams[0].prices.m is 3"),
+        ("prices = 3", "upstreams[0].prices is 3"),
+        ("batch_discount = 1.5", "upstreams[0].batch_discount is 1.5"),
+        ("batch_discount = true", "upstreams[0].batch_discount is true"),
+    ],
+)
+def test_a_price_that_is_none_is_refused(line: str, start: str) -> None:
+    message = refused(UPSTREAM + line)
+
+    assert message.startswith(f"{start} (file penstock.toml)")
+    assert "it must be" in message or "upstreams[0].prices must be a table such as" in message

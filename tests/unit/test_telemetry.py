@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from penstock.telemetry import Durations, Health, Metrics, UpstreamStats
+from penstock.telemetry import Durations, Health, Metrics, NativeFigures, UpstreamStats
 
 LOG = """
 import structlog
-from penstock.telemetry import configure_logging
+from penstock.telemetry import NativeFigures, configure_logging
 configure_logging()
 structlog.get_logger().error("Something is wrong.", why="nothing")
 print("still here")
@@ -47,9 +47,25 @@ def test_all_that_is_counted_is_shown() -> None:
     stats.add_tokens(10, 4, 5)
     metrics.work.count_batch("completed")
     metrics.work.flushes.note(0.002)
+    metrics.native_figures = {
+        "far": NativeFigures(
+            input_tokens=10,
+            cached_tokens=4,
+            output_tokens=5,
+            cost_usd=0.5,
+            by_line_usd=1.25,
+            unpriced_tokens=3,
+        )
+    }
     text = metrics.render().decode()
 
     for sample in (
+        'penstock_native_tokens_total{kind="input",upstream="far"} 10.0',
+        'penstock_native_tokens_total{kind="cached",upstream="far"} 4.0',
+        'penstock_native_tokens_total{kind="output",upstream="far"} 5.0',
+        'penstock_native_cost_usd_total{upstream="far"} 0.5',
+        'penstock_native_by_line_cost_usd_total{upstream="far"} 1.25',
+        'penstock_native_unpriced_tokens_total{upstream="far"} 3.0',
         'penstock_fault{fault="storage"} 1.0',
         'penstock_upstream_requests_total{outcome="200",upstream="gpu"} 1.0',
         'penstock_upstream_requests_total{outcome="timeout",upstream="gpu"} 1.0',

@@ -2,14 +2,25 @@
 
 import io
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any
 
 import msgspec
 import pytest
 from rich.console import Console
 
-from penstock.client import BatchObject, Client, ServerFailed, UpstreamState
-from penstock.terminal import Pace, batch_view, batches_table, clean, span, summary, watch
+from penstock.client import BatchObject, Client, CostObject, ServerFailed, UpstreamState
+from penstock.terminal import (
+    Pace,
+    batch_view,
+    batches_table,
+    clean,
+    dollars,
+    span,
+    summary,
+    tokens,
+    watch,
+)
 
 from .stub_server import KEY, NOON, Stub, a_batch, run_stub
 
@@ -234,3 +245,66 @@ def test_lines_that_a_provider_has_are_shown_as_such() -> None:
 
     assert "its batch API: 5,000 lines at work there, 20 lines to be submitted" in text
     assert "allowed now" not in text
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [
+        ("0", "0.00"),
+        ("0.00123456", "0.0012"),
+        ("0.0099", "0.0099"),
+        ("0.01", "0.01"),
+        ("1234.567", "1,234.57"),
+        ("0.00000005", "0.000000050"),
+    ],
+)
+def test_an_amount_has_cents_and_a_small_one_two_digits(amount: str, text: str) -> None:
+    assert dollars(Decimal(amount)) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(9_999, "9,999"), (12_345, "12.3 k"), (2_100_000, "2.1 M")]
+)
+def test_tokens_are_told_in_short(count: int, text: str) -> None:
+    assert tokens(count) == f"{text} tokens"
+
+
+def cost(**fields: Any) -> CostObject:
+    usage = {"total_tokens": 500}
+    one = {"mode": "native", "upstream": "far", "requests": 3, "usage": usage}
+    return msgspec.convert(one | fields, CostObject, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("told", "text"),
+    [
+        (
+            cost(cost="1", line_cost="2", source="settings"),
+            "At far 3 lines, 500 tokens, US$ 1.00 (line by line: 2.00; by settings)",
+        ),
+        (cost(cost="1", at_least=True), "At far 3 lines, 500 tokens, at least US$ 1.00"),
+        (cost(), "At far 3 lines, 500 tokens, price unknown"),
+        (
+            cost(line_cost="2", model="m"),
+            "At far 3 lines of m, 500 tokens, price unknown (line by line: 2.00)",
+        ),
+        (cost(status="running", usage=None), "At far 3 lines, not ended yet"),
+        (cost(usage=None), "At far 3 lines; what they took is not known"),
+    ],
+)
+def test_what_a_job_cost_is_told_as_far_as_it_is_known(told: CostObject, text: str) -> None:
+    assert text in " ".join(shown(batch_view(batch(), now=NOON, costs=[told])).split())
+
+
+def test_lines_that_no_provider_batched_are_priced_beside_those_or_where_that_is_known() -> (
+    None
+):
+    unknown = cost(mode="lines", upstream="own")
+    known = cost(mode="lines", upstream="own", cost="1", line_cost="1")
+
+    def told(*costs: CostObject) -> bool:
+        return "Line by line" in shown(batch_view(batch(), now=NOON, costs=costs))
+
+    assert not told(unknown)
+    assert told(known)
+    assert told(cost(), unknown)

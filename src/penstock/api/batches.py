@@ -17,6 +17,7 @@ from penstock.api.wire import (
     BatchRequest,
     answer,
     batch_to_wire,
+    costs_to_wire,
     list_to_wire,
 )
 from penstock.errors import InvalidRequest
@@ -180,6 +181,16 @@ async def cancel_batch(
     """
     # Clients send an empty body under any content type, so it is not looked at.
     return answer(batch_to_wire(await service.cancel_batch(project, batch_id)))
+
+
+async def get_batch_costs(
+    batch_id: AskedId, service: AskedService, project: AskingProject
+) -> Response:
+    """Look up what a batch cost.
+
+    So far or in all, told apart by how its lines were run. A price that is not known is null.
+    """
+    return answer(costs_to_wire(batch_id, await service.get_costs(project, batch_id)))
 
 
 async def get_batch_output(

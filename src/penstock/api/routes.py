@@ -54,6 +54,13 @@ ROUTES = (
     ),
     Route(
         "GET",
+        "/batches/{batch_id}/costs",
+        batches.get_batch_costs,
+        wire.BatchCostsShape,
+        errors=(404,),
+    ),
+    Route(
+        "GET",
         "/batches/{batch_id}/output",
         batches.get_batch_output,
         (batches.OUTPUT_ANSWER,),

@@ -6,6 +6,7 @@ name each key once, in OpenAI's order, and give every key of the object on every
 """
 
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -27,6 +28,7 @@ from penstock.model import (
     UploadStatus,
     Usage,
 )
+from penstock.prices import Cost, CostItem, total
 from penstock.service import (
     MAX_JOB_NAME_CHARS,
     MAX_METADATA_KEY_CHARS,
@@ -289,6 +291,55 @@ class BatchShape(_Shape):
     job_name: str | None
 
 
+Dollars = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?$", examples=["1.23"])]
+"""US dollars, exactly, in decimal digits."""
+
+
+class CostShape(_Shape):
+    """Lines of a batch that were run one way, and what that cost."""
+
+    mode: Literal["native", "lines"]
+    """Whether they were given to the provider's batch API, or sent one by one."""
+    upstream: str | None
+    """Null if it is not known, or several."""
+    model: str | None
+    """The model that is paid; null if it is not known, or several."""
+    jobs: Count
+    """How many batches of the provider they were."""
+    status: Literal["running", "ended"]
+    """Whether all of these have ended and were counted."""
+    requests: Count
+    """How many lines there are."""
+    answered: Count | None
+    """How many have an answer; null if it is not known."""
+    usage: UsageShape | None
+    """What these answers took; null if it is not known."""
+    cost: Dollars | None
+    """What they cost in US dollars; null if it is not known, and never 0 for that."""
+    line_cost: Dollars | None
+    """What they would have cost, or did, one by one."""
+    at_least: bool
+    """Whether it may have been more, because the provider asks more for long lines."""
+    source: str | None
+    """Where the price comes from: `settings`, or a table of list prices with its version."""
+
+
+class BatchCostsShape(_Shape):
+    """What a batch cost so far, as far as that is known: list prices, or those of the settings.
+    It is no bill."""
+
+    object: Literal["batch.costs"]
+    batch_id: str
+    currency: Literal["usd"]
+    cost: Dollars | None
+    """All of it; null if any of it is not known, or a batch of a provider has not ended."""
+    line_cost: Dollars | None
+    """What it would have cost, line by line."""
+    at_least: bool
+    data: list[CostShape]
+    """Empty while no line has an answer."""
+
+
 class FileShape(_Shape):
     """A file. Times are Unix timestamps in seconds."""
 
@@ -450,6 +501,44 @@ def batch_to_wire(batch: Batch) -> Wire:
         "metadata": batch.metadata,
         "job_name": batch.job_name,
     }
+
+
+def costs_to_wire(batch_id: str, items: Sequence[CostItem]) -> Wire:
+    """What a batch cost."""
+    return {
+        "object": "batch.costs",
+        "batch_id": batch_id,
+        "currency": "usd",
+        **_cost_to_wire(total(items)),
+        "data": [
+            {
+                "mode": "native" if item.is_native else "lines",
+                "upstream": item.upstream,
+                "model": item.model,
+                "jobs": item.jobs,
+                "status": "ended" if item.is_over else "running",
+                "requests": item.requests,
+                "answered": item.answered,
+                "usage": None if item.usage is None else _usage_to_wire(item.usage),
+                **_cost_to_wire(item.cost),
+                "source": item.cost.source,
+            }
+            for item in items
+        ],
+    }
+
+
+def _cost_to_wire(cost: Cost) -> Wire:
+    return {
+        "cost": _dollars(cost.usd),
+        "line_cost": _dollars(cost.by_line_usd),
+        "at_least": cost.is_least,
+    }
+
+
+def _dollars(amount: Decimal | None) -> str | None:
+    """All digits that count, and no exponent."""
+    return None if amount is None else format(amount.normalize(), "f")
 
 
 def file_to_wire(file: File) -> Wire:

@@ -148,10 +148,12 @@ def status(batch_id: BatchArgument, data_dir: DataDir = None, as_json: AsJson = 
         batch = client.get_batch(batch_id)
         is_running = batch.status == BatchStatus.IN_PROGRESS
         upstreams = client.list_upstreams() if is_running and not as_json else []
+        costs = client.get_costs(batch.id)
     if as_json:
-        print_json(batch.document)
+        print_json(batch.document | ({"costs": costs.document} if costs else {}))
     else:
-        print_view(batch_view(batch, now=time.time(), upstreams=upstreams))
+        items = costs.data if costs else ()
+        print_view(batch_view(batch, now=time.time(), upstreams=upstreams, costs=items))
 
 
 def watch(batch_id: BatchArgument, data_dir: DataDir = None, as_json: AsJson = False) -> None:

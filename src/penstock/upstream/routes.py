@@ -73,6 +73,15 @@ class Routes:
             self._found[model] = next((r for r in self._routes if r.takes(model)), None)
         return self._found[model]
 
+    def find_one(self, model: str, upstream: str | None) -> str | None:
+        """The one upstream that takes lines of `model`; None if there is none, or a group.
+
+        Args:
+            upstream: As for `find`.
+        """
+        route = self.find(model, upstream=upstream)
+        return route.name if route is not None and len(route.upstreams) == 1 else None
+
     def get(self, name: str) -> Route | None:
         """The route of this name."""
         return self._named.get(name)

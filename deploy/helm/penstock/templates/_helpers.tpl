@@ -67,10 +67,15 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 {{- end -}}
 {{- end -}}
 
+{{/* A key as TOML: only patterns of models need quotes. */}}
+{{- define "penstock.tomlKey" -}}
+{{- if regexMatch "^[A-Za-z0-9_-]+$" . }}{{ . }}{{ else }}{{ toJson . }}{{ end -}}
+{{- end -}}
+
 {{/* A value as TOML. JSON's strings, numbers and truth values are TOML's too. */}}
 {{- define "penstock.tomlValue" -}}
 {{- if kindIs "map" . -}}
-{ {{- range $i, $key := keys . | sortAlpha }}{{ if $i }}, {{ end }}{{ $key }} = {{ include "penstock.tomlValue" (get $ $key) }}{{ end -}} }
+{ {{- range $i, $key := keys . | sortAlpha }}{{ if $i }}, {{ end }}{{ include "penstock.tomlKey" $key }} = {{ include "penstock.tomlValue" (get $ $key) }}{{ end -}} }
 {{- else if kindIs "slice" . -}}
 [{{- range $i, $item := . }}{{ if $i }}, {{ end }}{{ include "penstock.tomlValue" $item }}{{ end -}}]
 {{- else -}}
