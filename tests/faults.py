@@ -54,6 +54,7 @@ WAITING = "tests/unit/test_waiting.py"
 NATIVE = "tests/integration/test_native.py"
 NATIVE_CRASH = "tests/integration/test_native_crash.py"
 NATIVE_PLAN = "tests/unit/test_native_plan.py"
+PRICES = "tests/unit/test_prices.py"
 
 
 @dataclass(frozen=True)
@@ -1329,6 +1330,58 @@ FAULTS = [
         "",
         NATIVE_CRASH,
         "paid_once",
+    ),
+    Fault(
+        "slices of a native run are forgotten before it is counted",
+        "store/sql_upkeep.py",
+        "    slices.c.native_run.is_(None),\n",
+        "",
+        STORE,
+        "outlive",
+    ),
+    Fault(
+        "a native job whose results were not to be had took nothing",
+        "executor/native.py",
+        " and run.outcome in set(NativeState):\n            # Kept",
+        ":\n            # Kept",
+        NATIVE,
+        "not_to_be_had",
+    ),
+    Fault(
+        "what a native job took is lost with its end",
+        "store/rows.py",
+        '        "answered": spent.answered,\n',
+        '        "answered": None,\n',
+        STORE,
+        "took",
+    ),
+    Fault(
+        "answers that tell of no tokens cost nothing",
+        "prices.py",
+        "if spent.answered and not spent.usage.total_tokens:",
+        "if False:",
+        PRICES,
+    ),
+    Fault(
+        "a price that is not known counts as 0",
+        "prices.py",
+        "usd=sum(usd, Decimal(0)) if len(usd) == len(costs) else None,",
+        "usd=sum(usd, Decimal(0)),",
+        PRICES,
+    ),
+    Fault(
+        "cached tokens are paid twice",
+        "prices.py",
+        "total = (usage.input_tokens - cached) * rates.input",
+        "total = usage.input_tokens * rates.input",
+        PRICES,
+    ),
+    Fault(
+        "any server that speaks as OpenAI does has OpenAI's discount",
+        "prices.py",
+        "None if is_other else KIND_DISCOUNTS",
+        "KIND_DISCOUNTS",
+        PRICES,
     ),
 ]
 
