@@ -12,12 +12,13 @@ from msgspec.structs import replace
 from penstock.checkup import Verdict, check_upstream
 from penstock.errors import InvalidSettings, JobRefused
 from penstock.executor.native import NativePolicy
-from penstock.model import BatchStatus, Counts
+from penstock.model import BatchStatus, Counts, Usage
+from penstock.prices import UNKNOWN
 from penstock.settings import Upstream
 from penstock.testing.native import KEY, BatchUpstreamContract, nobody_notes
 from penstock.upstream.base import Failure, Lack, NativeJob, NativeLine, NativeState, Reply
 from penstock.upstream.mistral_batch import MistralBatchUpstream, read_result
-from tests.integration.bench import Bench, ids, until
+from tests.integration.bench import Bench, ids, line, until
 from tests.providers import mistral_server
 from tests.providers.mistral_server import (
     CHAT,
@@ -303,6 +304,43 @@ async def test_a_batch_is_run_as_one_job_and_answered_in_openais_form(
     assert ids(output) == texts(output) == NAMES
     assert errors == []
     assert CHAT not in provider.calls
+
+
+async def test_what_a_job_cost_is_known_from_list_prices(
+    tmp_path: Path, provider: MistralProvider
+) -> None:
+    names = ("mistral-small-latest", "nobody-knows-me")
+
+    async def are_taken() -> bool:
+        return len(provider.jobs) == len(names)
+
+    async with bench(tmp_path, provider, mode="native") as it:
+        batch = await it.create_from(
+            b"".join(line(n + x, model=n) for n in names for x in "ab")
+        )
+        await until(are_taken)
+        for native_id in provider.jobs:
+            provider.end(native_id)
+        await it.wait_until_ended(batch)
+
+        async def are_counted() -> bool:
+            runs = await it.store.list_native_runs(batch.id)
+            return all(run.spent is not None for run in runs)
+
+        await until(are_counted)
+        items = await it.app.service.get_costs(it.app.project_id, batch.id)
+
+    by_model = {item.model: item for item in items}
+    assert set(by_model) == set(names)
+    known, unknown = (by_model[name] for name in names)
+    assert (
+        known.usage == unknown.usage == Usage(input_tokens=6, output_tokens=4, total_tokens=10)
+    )
+    assert known.cost.source is not None
+    assert known.cost.source.startswith("genai-prices")
+    assert known.cost.usd is not None
+    assert known.cost.by_line_usd == 2 * known.cost.usd > 0
+    assert unknown.cost == UNKNOWN
 
 
 async def test_what_a_job_leaves_is_sent_line_by_line(
