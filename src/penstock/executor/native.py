@@ -495,7 +495,8 @@ class NativeRunner:
         if run.native_id is not None and run.outcome in set(NativeState):
             # Kept with the end of the run, which happens once however often it is collected.
             pieces = await self._get_slices(run)
-            run = replace(run, spent=count_up(pieces, scene.batch, longest_input=longest_input))
+            spent = count_up(run, pieces, scene.batch, longest_input=longest_input)
+            run = replace(run, spent=spent)
         return await self._end(run)
 
     async def _clean_up(

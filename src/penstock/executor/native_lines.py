@@ -70,12 +70,19 @@ def parse_line_name(name: str) -> int | None:
     return line if line_name(line) == name else None
 
 
-def count_up(slices: Sequence[Slice], batch: Batch, *, longest_input: int | None) -> Spent:
+def count_up(
+    run: NativeRun, slices: Sequence[Slice], batch: Batch, *, longest_input: int | None
+) -> Spent | None:
     """What a job took, by the replies that its slices have when it has ended.
 
     Args:
         slices: All that its run holds: nobody else has written replies into them.
+
+    Returns:
+        None if some are gone: a process of a version before has forgotten them.
     """
+    if sum(piece.requests for piece in slices) != run.requests:
+        return None
     named = {model for piece in slices for model in piece.models}
     chosen = next(filter(None, map((batch.parameters or {}).get, MODEL_PARAMETERS)), None)
     return Spent(
