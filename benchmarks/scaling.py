@@ -17,6 +17,8 @@ from typing import Any
 
 from benchmarks import harness, measured_cluster, simulated_workers
 
+_SLICE = 256
+"""Lines of a slice: small ones and many, so that what each costs shows."""
 _LINE_BYTES = 1024
 _BUCKET = "bench"
 _LIMITS = {"PENSTOCK_LIMITS__REQUESTS_PER_BATCH": "1000000"}
@@ -249,6 +251,7 @@ def _environment(
         "PENSTOCK_UPSTREAMS__0__BASE_URL": upstream.url + "/v1",
         "PENSTOCK_UPSTREAMS__0__MAX_CONCURRENCY": str(in_flight),
         "PENSTOCK_UPSTREAMS__0__INITIAL_CONCURRENCY": str(in_flight),
+        "PENSTOCK_WORKER__SLICE_REQUESTS": str(_SLICE),
     }
 
 
@@ -277,7 +280,7 @@ def _run(client: harness.Client, file_id: str, lines: int) -> float:
 
 
 def _slices(lines: int) -> int:
-    return -(-lines // 256)
+    return -(-lines // _SLICE)
 
 
 def _table(statements: list[measured_cluster.Statement]) -> list[list[Any]]:
