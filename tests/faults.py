@@ -51,6 +51,7 @@ LIMITS = "tests/unit/test_limits.py"
 OUTAGE = "tests/integration/test_outage.py"
 SHARES = "tests/unit/test_shares.py"
 WAITING = "tests/unit/test_waiting.py"
+ASKED_MODEL = "tests/integration/test_asked_model.py"
 NATIVE = "tests/integration/test_native.py"
 NATIVE_CRASH = "tests/integration/test_native_crash.py"
 NATIVE_PLAN = "tests/unit/test_native_plan.py"
@@ -1382,6 +1383,22 @@ FAULTS = [
         "None if is_other else KIND_DISCOUNTS",
         "KIND_DISCOUNTS",
         PRICES,
+    ),
+    Fault(
+        "lines that are sent one by one forget the model that is asked for",
+        "executor/worker.py",
+        "                held.asked_model,\n",
+        "                None,\n",
+        ASKED_MODEL,
+        "one_by_one",
+    ),
+    Fault(
+        "lines of a native job forget the model that is asked for",
+        "executor/native_lines.py",
+        "rename(lines, batch.asked_model)",
+        "rename(lines, None)",
+        ASKED_MODEL,
+        "job_is_run",
     ),
 ]
 

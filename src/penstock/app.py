@@ -60,7 +60,7 @@ from penstock.model import ApiKey, JobKind, KeyId, ProjectId, Webhook, WebhookId
 from penstock.places import KEY_FILE, store_url
 from penstock.prices import PriceBook
 from penstock.pricing import open_prices, sum_up
-from penstock.service import Service, ServiceLimits, UpstreamChoices
+from penstock.service import Service, ServiceLimits, UpstreamChoice, UpstreamChoices
 from penstock.settings import DEFAULT_PROJECT, Settings, Upstream
 from penstock.store.sql import SqlStore
 from penstock.telemetry import Health, Metrics
@@ -527,7 +527,7 @@ async def _ensure_projects(
     Returns:
         The project `default`, and the upstreams that each project may choose.
     """
-    headers = {each.name: KINDS[each.kind].client_headers for each in settings.upstreams}
+    offered = {each.name: _choice(each) for each in settings.upstreams}
     choices: dict[ProjectId, UpstreamChoices] = {}
     for project in settings.projects:
         owner = await store.ensure_project(
@@ -535,10 +535,15 @@ async def _ensure_projects(
             weight=project.weight,
             is_background=project.tier == "background",
         )
-        choices[owner.id] = {name: headers[name] for name in project.allow_upstreams}
+        choices[owner.id] = {name: offered[name] for name in project.allow_upstreams}
         for key in project.api_keys:
             await _add_key(store, owner.id, project.name, key.get_secret_value())
     return (await store.ensure_project(DEFAULT_PROJECT)).id, choices
+
+
+def _choice(upstream: Upstream) -> UpstreamChoice:
+    headers = KINDS[upstream.kind].client_headers(has_jobs=upstream.mode != "lines")
+    return UpstreamChoice(headers=headers, models=upstream.models)
 
 
 async def _ensure_webhooks(

@@ -10,6 +10,7 @@ has one; times (`_at`) are Unix timestamps in seconds.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NewType
@@ -314,6 +315,21 @@ class Batch:
     cancelled_at: int | None = None
     counts: Counts = field(default_factory=Counts)
     usage: Usage = field(default_factory=Usage)
+
+    @property
+    def asked_model(self) -> str | None:
+        """The model that takes the place of what its lines name; None: each has its own."""
+        return asked_model(self.parameters)
+
+
+PROVIDER_MODEL, BEDROCK_MODEL = "x-tfy-provider-model", "x-tfy-aws-bedrock-model"
+"""The headers with which a client names the model of all lines of a batch."""
+
+
+def asked_model(parameters: Mapping[str, str] | None) -> str | None:
+    """The model that a client's headers name; of two, Amazon's."""
+    said = parameters or {}
+    return said.get(BEDROCK_MODEL) or said.get(PROVIDER_MODEL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,11 +7,13 @@ store by the executor.
 
 import asyncio
 import hashlib
+import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Generic, Protocol, TypeVar
 
 import msgspec
@@ -27,8 +29,10 @@ from penstock.errors import (
 from penstock.intake import FileForm, Intake
 from penstock.keys import key_digest, key_hint
 from penstock.model import (
+    BEDROCK_MODEL,
     ENDPOINTS,
     FINAL,
+    PROVIDER_MODEL,
     ApiKey,
     Batch,
     BatchId,
@@ -109,17 +113,30 @@ class PartialResults(Protocol):
         ...
 
 
-UpstreamChoices = Mapping[str, Collection[str]]
-"""The upstreams that a project may choose by name, and the headers that each understands."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpstreamChoice:
+    """An upstream that a project may choose."""
+
+    headers: frozenset[str]
+    """Which headers beside its name it understands."""
+    models: tuple[str, ...]
+    """Glob patterns of the models that a header may name."""
+
+
+UpstreamChoices = Mapping[str, UpstreamChoice]
+"""The upstreams that a project may choose, by name."""
 PROVIDER_NAME = "x-tfy-provider-name"
+MAX_MODEL_CHARS = 512
+"""Of a model in a header; ARNs and names of resources are long."""
+_MODEL = re.compile("[!-~]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProviderHeaders:
     """What the headers of a request say of the upstream that it asks for."""
 
-    name: str
-    """The value of `x-tfy-provider-name`."""
+    name: str | None
+    """The value of `x-tfy-provider-name`; None if there is none."""
     parameters: Mapping[str, str]
     """The other headers for providers, by name in lower case."""
 
@@ -595,24 +612,42 @@ async def _nothing() -> AsyncIterator[bytes]:
 def _choose(
     provider: ProviderHeaders | None, choices: UpstreamChoices | None
 ) -> tuple[str, dict[str, str]] | tuple[()]:
-    """The upstream that is asked for and what its adapter is to know; empty if none is."""
+    """The upstream that is asked for and what is to be known of it; empty if none is."""
     if provider is None or not choices:
         return ()
-    if provider.name not in choices:
-        raise InvalidRequest(
-            f"Invalid header '{PROVIDER_NAME}': '{provider.name}'. This project may choose "
-            f"{', '.join(sorted(choices))}.",
-            param=PROVIDER_NAME,
-            code="invalid_value",
-        )
-    understood = choices[provider.name]
-    for name in provider.parameters:
-        if name not in understood:
-            allowed = ", ".join(sorted(understood)) or "no header of this kind"
-            raise InvalidRequest(
-                f"Invalid header '{name}': the upstream '{provider.name}' understands "
-                f"{allowed}.",
-                param=name,
-                code="invalid_value",
-            )
+    if provider.name is None:
+        for name in provider.parameters:
+            raise _unfit_header(name, f"it is of use only together with '{PROVIDER_NAME}'.")
+        return ()
+    choice = choices.get(provider.name)
+    if choice is None:
+        allowed = ", ".join(sorted(choices))
+        told = f"'{quoted(provider.name)}'. This project may choose {allowed}."
+        raise _unfit_header(PROVIDER_NAME, told)
+    for name, value in provider.parameters.items():
+        if name not in choice.headers:
+            allowed = ", ".join(sorted(choice.headers))
+            told = f"the upstream '{provider.name}' understands {allowed}."
+            raise _unfit_header(name, told)
+        if not value:
+            raise _unfit_header(name, "it is empty.")
+        if name in (PROVIDER_MODEL, BEDROCK_MODEL):
+            _check_model(name, value, provider.name, choice)
     return provider.name, dict(provider.parameters)
+
+
+def _check_model(header: str, model: str, upstream: str, choice: UpstreamChoice) -> None:
+    check_text(model, param=header, max_chars=MAX_MODEL_CHARS)
+    if not _MODEL.fullmatch(model):
+        told = f"'{quoted(model)}'. It must be the name of a model, in ASCII without spaces."
+        raise _unfit_header(header, told)
+    if not any(fnmatchcase(model, pattern) for pattern in choice.models):
+        raise _unfit_header(
+            header,
+            f"'{quoted(model)}'. The models of the upstream '{upstream}' are "
+            f"{', '.join(choice.models)}.",
+        )
+
+
+def _unfit_header(name: str, told: str) -> InvalidRequest:
+    return InvalidRequest(f"Invalid header '{name}': {told}", param=name, code="invalid_value")

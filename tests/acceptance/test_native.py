@@ -194,8 +194,10 @@ async def test_a_client_chooses_an_upstream_where_its_project_may(tmp_path: Path
         name = await create(x_tfy_provider_name="chosen")
         with pytest.raises(BadRequestError, match="This project may choose chosen"):
             await create(x_tfy_provider_name="first")
-        with pytest.raises(BadRequestError, match="understands no header of this kind"):
+        with pytest.raises(BadRequestError, match="The models of the upstream 'chosen'"):
             await create(x_tfy_provider_name="chosen", x_tfy_provider_model="gpt-9")
+        with pytest.raises(BadRequestError, match="together with 'x-tfy-provider-name'"):
+            await create(x_tfy_provider_model="none")
         async with asyncio.timeout(PATIENCE_S):
             while (now := await client.batches.retrieve(name)).status != "completed":
                 await asyncio.sleep(0.05)

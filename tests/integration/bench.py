@@ -24,6 +24,7 @@ from penstock.executor.native import NativePolicy
 from penstock.executor.webhooks import DeliveryPolicy
 from penstock.model import FINAL, Batch, Slice, SliceStatus
 from penstock.places import store_url
+from penstock.service import ProviderHeaders
 from penstock.settings import Settings
 from penstock.store.sql import SqlStore
 from tests.upstreams import Action, Behave, ScriptedUpstream, answer, chat_completion
@@ -154,11 +155,21 @@ class Bench:
         data = b"".join(line(custom_id) for custom_id in custom_ids)
         return await self.create_from(data, window=window)
 
-    async def create_from(self, data: bytes, *, window: str = "24h") -> Batch:
+    async def create_from(
+        self, data: bytes, *, window: str = "24h", headers: Mapping[str, str] | None = None
+    ) -> Batch:
+        """
+        Args:
+            headers: What the client says of the upstream `one`, which it chooses with them.
+        """
         project_id = self.app.project_id
         file = await self.app.service.create_file(project_id, Upload(data))
         return await self.app.service.create_batch(
-            project_id, input_file_id=file.id, endpoint=CHAT, completion_window=window
+            project_id,
+            input_file_id=file.id,
+            endpoint=CHAT,
+            completion_window=window,
+            provider=headers and ProviderHeaders(name="one", parameters=headers),
         )
 
     async def get(self, batch: Batch) -> Batch:

@@ -237,12 +237,11 @@ async def test_the_time_of_a_job_is_in_the_range_that_amazon_allows(
     assert provider.jobs[arn]["timeoutDurationInHours"] == asked
 
 
-async def test_headers_of_the_client_name_bucket_and_model(
+async def test_a_header_of_the_client_names_the_bucket(
     provider: BedrockProvider, upstream: BedrockBatchUpstream, buckets: Buckets
 ) -> None:
     other = buckets.create()
-    headers = {BUCKET_HEADER: other, "x-tfy-aws-bedrock-model": "us." + CLAUDE}
-    asked = job(model="my-claude", parameters=headers)
+    asked = job(model="us." + CLAUDE, parameters={BUCKET_HEADER: other})
 
     arn = await submit(upstream, asked)
     provider.end(arn)

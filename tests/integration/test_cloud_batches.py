@@ -50,7 +50,14 @@ async def vertex(buckets: Buckets) -> AsyncIterator[VertexProvider]:
         yield provider
 
 
-async def run(data_dir: Path, provider: Any, model: str, **upstream: str) -> list[Any]:
+async def run(
+    data_dir: Path,
+    provider: Any,
+    model: str,
+    *,
+    headers: dict[str, str] | None = None,
+    **upstream: str,
+) -> list[Any]:
     """The output of a batch whose job was run, when nothing of it is left in the bucket."""
     bucket = provider.buckets.create()
     scheme = "s3" if upstream["kind"] == "bedrock" else "gs"
@@ -69,8 +76,11 @@ async def run(data_dir: Path, provider: Any, model: str, **upstream: str) -> lis
     async def is_tidy() -> bool:
         return provider.buckets.names(bucket) == []
 
-    async with Bench(data_dir, Nowhere(), upstream=told, natives=HASTY) as it:
-        batch = await it.create_from(data)
+    projects = [{"name": "default", "allow_upstreams": ["one"]}]
+    async with Bench(
+        data_dir, Nowhere(), upstream=told, natives=HASTY, projects=projects
+    ) as it:
+        batch = await it.create_from(data, headers=headers)
         await until(is_there)
         [native_id] = provider.jobs
         provider.end(native_id)
@@ -112,6 +122,38 @@ async def test_a_batch_goes_through_vertex(vertex: VertexProvider, tmp_path: Pat
     assert ids(output) == texts(output) == NAMES
 
 
+async def test_bedrock_runs_the_model_that_is_asked_for(
+    bedrock: BedrockProvider, tmp_path: Path
+) -> None:
+    where = {"region": bedrock_server.REGION, "role_arn": bedrock_server.ROLE}
+    asked = {"x-tfy-aws-bedrock-model": CLAUDE, "x-tfy-provider-model": "not-this"}
+
+    output = await run(tmp_path, bedrock, "gpt-5", kind="bedrock", headers=asked, **where)
+
+    assert texts(output) == NAMES
+    assert [job["modelId"] for job in bedrock.jobs.values()] == [CLAUDE]
+
+
+async def test_vertex_runs_the_model_that_is_asked_for(
+    vertex: VertexProvider, tmp_path: Path
+) -> None:
+    where = {"region": vertex_server.REGION, "google_project": vertex_server.PROJECT}
+
+    output = await run(
+        tmp_path / "data",
+        vertex,
+        "gpt-5",
+        kind="vertex",
+        headers={"x-tfy-provider-model": "gemini-2.5-flash"},
+        service_account=str(vertex.key_file(tmp_path)),
+        **where,
+    )
+
+    assert texts(output) == NAMES
+    [job] = vertex.jobs.values()
+    assert job["model"] == "publishers/google/models/gemini-2.5-flash"
+
+
 def test_the_kinds_know_the_headers_that_their_adapters_read() -> None:
-    assert KINDS["bedrock"].client_headers == bedrock_batch.CLIENT_HEADERS
-    assert KINDS["vertex"].client_headers == vertex_batch.CLIENT_HEADERS
+    assert KINDS["bedrock"].job_headers == bedrock_batch.JOB_HEADERS
+    assert KINDS["vertex"].job_headers == vertex_batch.JOB_HEADERS

@@ -23,7 +23,6 @@ from penstock.upstream.base import (
 )
 from penstock.upstream.vertex_batch import (
     BUCKET_HEADER,
-    MODEL_HEADER,
     REGION_HEADER,
     VertexBatchUpstream,
 )
@@ -200,16 +199,12 @@ async def test_a_job_says_what_it_is_and_where_its_files_are(
     assert told == f"{place}/output"
 
 
-async def test_headers_of_the_client_name_bucket_region_and_model(
+async def test_headers_of_the_client_name_bucket_and_region(
     provider: VertexProvider, upstream: VertexBatchUpstream, buckets: Buckets
 ) -> None:
     other, began = buckets.create(), time.time()
-    headers = {
-        BUCKET_HEADER: other,
-        REGION_HEADER: "europe-west4",
-        MODEL_HEADER: "gemini-3-pro",
-    }
-    asked = job(model="mine", parameters=headers)
+    headers = {BUCKET_HEADER: other, REGION_HEADER: "europe-west4"}
+    asked = job(parameters=headers)
 
     name = await submit(upstream, asked)
     found = await upstream.find(asked, {"bucket": other}, since=began)
@@ -217,7 +212,6 @@ async def test_headers_of_the_client_name_bucket_region_and_model(
 
     assert found == name
     assert "/locations/europe-west4/" in name
-    assert provider.jobs[name]["model"].endswith("/gemini-3-pro")
     assert len(await results(upstream, asked, name)) == 2
     await upstream.clean_up(asked, {"bucket": other})
     assert buckets.names(other) == []
@@ -228,7 +222,6 @@ async def test_headers_of_the_client_name_bucket_region_and_model(
     [
         (BUCKET_HEADER, "no/bucket"),
         (REGION_HEADER, "evil.example/"),
-        (MODEL_HEADER, "publishers/other/models/x"),
     ],
 )
 async def test_headers_that_cannot_be_are_refused(
@@ -239,6 +232,14 @@ async def test_headers_that_cannot_be_are_refused(
 
     with pytest.raises(JobRefused, match=re.escape(wrong)):
         await upstream.submit(job(parameters={header: wrong}), records(), nobody_notes)
+
+
+async def test_a_model_of_another_publisher_is_refused(upstream: VertexBatchUpstream) -> None:
+    async def records() -> AsyncIterator[bytes]:
+        yield b"{}"
+
+    with pytest.raises(JobRefused, match="publishers/other/models/x is not a model"):
+        await upstream.submit(job(model="publishers/other/models/x"), records(), nobody_notes)
 
 
 @pytest.mark.parametrize(

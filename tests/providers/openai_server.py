@@ -84,6 +84,8 @@ class OpenAIProvider:
         self.troubles: dict[str, list[Trouble]] = {}
         self.calls: list[str] = []
         """The routes that were asked, in order."""
+        self.models_by_line: list[str] = []
+        """What was named by lines that were sent one by one, in order."""
         self.extra_lines: list[bytes] = []
         """Added to the output file of each batch that ends."""
         self.lists_until: int | None = None
@@ -347,6 +349,7 @@ class OpenAIProvider:
     async def _chat(self, request: Request) -> Response:
         async def work() -> Response:
             body = await request.json()
+            self.models_by_line.append(body["model"])
             return JSONResponse(chat_completion(f"by line: {body['messages'][0]['content']}"))
 
         return await self._serve("POST /chat/completions", request, work)

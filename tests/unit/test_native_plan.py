@@ -166,6 +166,19 @@ def test_an_upstream_that_was_chosen_takes_all_models() -> None:
     assert planned.slices[0].upstream == "b"
 
 
+def test_lines_of_all_models_go_one_way_to_the_one_that_is_asked_for() -> None:
+    planner = NativePlanner(Routes([route("b", "none")]))
+    batch = replace(BATCH, upstream="b", parameters={"x-tfy-provider-model": "y"})
+    pieces = [piece(3, model="x"), piece(3, model="z", start=1)]
+
+    planned = planner.plan(batch, pieces, now=0)
+
+    assert [(run.model, run.requests) for run in planned.runs] == [("y", 6)]
+    ways = planner.ways(batch)
+    assert ways is not None
+    assert ways("x") == ways("z")
+
+
 def test_without_a_batch_api_there_are_no_ways() -> None:
     routes = Routes([Route(name="own", upstreams=(), models=("*",))])
 

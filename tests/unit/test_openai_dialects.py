@@ -131,5 +131,5 @@ class TestTogether(DialectContract):
 
 
 def test_what_clients_may_say_of_azure_is_the_version_of_its_api() -> None:
-    assert KINDS["azure"].client_headers == {API_VERSION}
-    assert all(not KINDS[kind].client_headers for kind in ("openai", "groq", "together"))
+    assert KINDS["azure"].job_headers == {API_VERSION}
+    assert all(not KINDS[kind].job_headers for kind in ("openai", "groq", "together"))

@@ -21,18 +21,18 @@ from penstock.api.wire import (
     list_to_wire,
 )
 from penstock.errors import InvalidRequest
-from penstock.model import BatchStatus
+from penstock.model import BEDROCK_MODEL, PROVIDER_MODEL, BatchStatus
 from penstock.refusals import wrong_type
 from penstock.service import MAX_JOB_NAME_CHARS, ProviderHeaders
 from penstock.store.base import BatchFilter
 
 METADATA_HEADER = "x-tfy-metadata"
 PROVIDER_HEADERS = (
-    "x-tfy-provider-model",
+    PROVIDER_MODEL,
+    BEDROCK_MODEL,
     "x-tfy-vertex-storage-bucket-name",
     "x-tfy-vertex-region",
     "x-tfy-aws-s3-bucket",
-    "x-tfy-aws-bedrock-model",
     "x-tfy-azure-api-version",
 )
 """What TrueFoundry's clients say of a provider, beside its name."""
@@ -97,12 +97,20 @@ async def create_batch(
             "one; else it is not read."
         ),
     ] = None,
+    x_tfy_provider_model: Annotated[
+        str | None,
+        Header(
+            description="The model with which that upstream is to run all lines, in place of "
+            "those that they name."
+        ),
+    ] = None,
 ) -> Response:
     """Create a batch.
 
     It is answered at once, with status `validating`; what is wrong with its file is found
     later, and then stands in `errors`.
     """
+    del x_tfy_provider_model  # read with the other headers for providers
     body = await read_json(request, BatchRequest)
     batch = await service.create_batch(
         project,
@@ -222,12 +230,10 @@ async def _as_array(lines: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     yield b"]"
 
 
-def _read_provider(request: Request, name: str | None) -> ProviderHeaders | None:
-    if not name:
-        return None
+def _read_provider(request: Request, name: str | None) -> ProviderHeaders:
     headers = request.headers
-    parameters = {each: headers[each] for each in PROVIDER_HEADERS if headers.get(each)}
-    return ProviderHeaders(name=name, parameters=parameters)
+    parameters = {each: headers[each] for each in PROVIDER_HEADERS if each in headers}
+    return ProviderHeaders(name=name or None, parameters=parameters)
 
 
 def _asked_metadata(request: Request) -> dict[str, str]:

@@ -202,8 +202,9 @@ class Lifecycle:
                 await self._tidy(batch)
                 return
             planned = self._natives.plan(batch, checked.slices, now=now)
+            named = checked.models[0] if len(checked.models) == 1 else None
             change = BatchChange(
-                model=checked.models[0] if len(checked.models) == 1 else None,
+                model=batch.asked_model or named,
                 counts=Counts(total=checked.total),
                 slices=planned.slices,
                 native_runs=planned.runs,

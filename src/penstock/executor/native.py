@@ -147,7 +147,7 @@ class _Scene:
             key=run.key,
             display_name=self.batch.job_name or self.batch.id,
             endpoint=endpoint.path if endpoint else self.batch.endpoint,
-            model=run.model,
+            model=self.batch.asked_model or run.model,
             requests=run.requests,
             expires_at=stop_at(self.batch, falls_back=self.use.falls_back),
             metadata=self.batch.metadata or {},

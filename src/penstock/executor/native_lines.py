@@ -12,6 +12,7 @@ from penstock.blobs.base import Blobs
 from penstock.blobs.segments import Kind, Segments, SegmentWriter
 from penstock.errors import StorageUnavailable
 from penstock.executor.keeper import Keeper
+from penstock.executor.renaming import rename
 from penstock.executor.replies import error_line, reply_line
 from penstock.executor.retry import may_pass
 from penstock.jsonl import RequestLine, iter_requests
@@ -97,10 +98,11 @@ class SliceBusy(Exception):
     """Another worker holds a slice of the run."""
 
 
-async def read_slice(blobs: Blobs, blob_key: str, piece: Slice) -> list[RequestLine]:
-    """The lines of a slice."""
-    data = await blobs.get_range(blob_key, piece.start, piece.end)
-    return list(iter_requests(data, first_line=piece.first_line, models=piece.models))
+async def read_slice(blobs: Blobs, batch: Batch, piece: Slice) -> list[RequestLine]:
+    """The lines of a slice, with the model that the batch's client asks for."""
+    data = await blobs.get_range(batch.input_blob_key, piece.start, piece.end)
+    lines = iter_requests(data, first_line=piece.first_line, models=piece.models)
+    return list(rename(lines, batch.asked_model))
 
 
 class Records:
@@ -146,7 +148,7 @@ class Records:
 
     async def _iterate(self) -> AsyncGenerator[bytes]:
         for piece in self._slices:
-            for line in await read_slice(self._blobs, self._batch.input_blob_key, piece):
+            for line in await read_slice(self._blobs, self._batch, piece):
                 record = encode(self._upstream, self._job, line)
                 if not isinstance(record, Reply):
                     yield record
@@ -279,7 +281,7 @@ class Collector:
         """Say of each line of a slice that has no reply why that is."""
         if len(taken.writer.lines) == taken.slice.requests:
             return
-        for line in await read_slice(self._blobs, batch.input_blob_key, taken.slice):
+        for line in await read_slice(self._blobs, batch, taken.slice):
             if line.line in taken.writer.lines:
                 continue
             refused = encode(upstream, job, line)
@@ -324,7 +326,7 @@ class Collector:
 
     async def _open(self, claim: ClaimedSlice, batch: Batch) -> _Taken:
         piece = claim.slice
-        lines = await read_slice(self._blobs, batch.input_blob_key, piece)
+        lines = await read_slice(self._blobs, batch, piece)
         place = (piece.batch_id, piece.index, piece.attempt)
         writer = await asyncio.to_thread(self._segments.open, *place, requests=piece.requests)
         return _Taken(piece, writer, {line.line: line.custom_id for line in lines})

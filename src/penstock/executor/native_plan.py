@@ -96,7 +96,8 @@ class NativePlanner:
         endpoint = find_endpoint(batch.endpoint)
         if not self._is_used or endpoint is None:
             return None
-        return lambda model: way_of(self._route(batch, model), model, endpoint.path)
+        asked = batch.asked_model
+        return lambda model: way_of(self._route(batch, model), asked or model, endpoint.path)
 
     def plan(self, batch: Batch, plans: Sequence[SlicePlan], *, now: float) -> Planned:
         """Make slices, and the runs that hold some of them."""
@@ -110,7 +111,7 @@ class NativePlanner:
         for indexes in by_way.values():
             for job in self._jobs(batch, [plans[index] for index in indexes]):
                 mine = [indexes[each] for each in job]
-                model = plans[mine[0]].models[0]
+                model = batch.asked_model or plans[mine[0]].models[0]
                 run = NativeRun(
                     id=_new_id(),
                     batch_id=batch.id,

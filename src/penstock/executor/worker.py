@@ -22,6 +22,7 @@ from penstock.executor.keeper import AGAIN_S, Keeper, explain
 from penstock.executor.lanes import Lane, Queued
 from penstock.executor.members import Pace, alone
 from penstock.executor.order import by_prefix
+from penstock.executor.renaming import rename
 from penstock.executor.replies import reply_line
 from penstock.executor.waiting import Waiting, flow_of
 from penstock.jsonl import RequestLine, iter_requests
@@ -79,6 +80,7 @@ class HeldSlice:
         self.endpoint = claimed.endpoint
         self.flow = flow_of(claimed)
         self.expires_at = float(claimed.expires_at)
+        self.asked_model = claimed.asked_model
         self.writer = SegmentWriter()  # until its own is opened
         self.is_stopping = False
         self.is_aborted = False
@@ -387,7 +389,10 @@ class Worker:
         )
         missing = [
             line
-            for line in iter_requests(data, first_line=piece.first_line, models=piece.models)
+            for line in rename(
+                iter_requests(data, first_line=piece.first_line, models=piece.models),
+                held.asked_model,
+            )
             if line.line not in held.writer.lines
         ]
         held.begin(len(missing))

@@ -127,6 +127,8 @@ class ClaimedSlice:
     project_id: ProjectId
     weight: int
     is_background: bool
+    asked_model: str | None = None
+    """As `Batch.asked_model`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

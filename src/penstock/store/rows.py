@@ -32,6 +32,7 @@ from penstock.model import (
     Upload,
     UploadStatus,
     Usage,
+    asked_model,
     slice_id,
 )
 from penstock.store.base import BatchChange, ClaimedSlice
@@ -149,6 +150,7 @@ def to_claimed_slice(row: RowMapping) -> ClaimedSlice:
         project_id=ProjectId(row["project_id"]),
         weight=row["weight"],
         is_background=row["is_background"],
+        asked_model=asked_model(row["parameters"]),
     )
 
 

@@ -623,6 +623,7 @@ _CLAIMABLE_SLICES = (
         batches.c.input_blob_key,
         batches.c.expires_at,
         batches.c.project_id,
+        batches.c.parameters,
         projects.c.weight,
         projects.c.is_background,
     )

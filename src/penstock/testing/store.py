@@ -111,6 +111,7 @@ def new_batch(file: File, name: str = "batch-1") -> Batch:
         completion_window="24h",
         expires_at=CLOSE,
         created_at=NOON,
+        parameters={"x-tfy-provider-model": "asked"},
     )
 
 

@@ -142,6 +142,7 @@ class SliceContract:
             project_id=batch.project_id,
             weight=3,
             is_background=True,
+            asked_model="asked",
         )
         assert (await store.get_slices(BatchId("batch-1")))[1] == only.slice
 

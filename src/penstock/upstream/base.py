@@ -137,7 +137,7 @@ class NativeJob(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: str
     """With `/v1`, one of `BatchLimits.endpoints`."""
     model: str
-    """The model of its lines; of several, the first."""
+    """The model that its lines are run with; of several, the first."""
     requests: int
     """How many lines it has: for `submit`, how many records; else, at least that."""
     bytes: int = 0
@@ -148,7 +148,8 @@ class NativeJob(msgspec.Struct, frozen=True, kw_only=True):
     metadata: Mapping[str, str] = {}
     """The client's own, for providers that keep such; what does not fit is left out."""
     parameters: Details = {}
-    """What the client's headers say of this provider, such as a bucket; empty with most."""
+    """What the client's headers say of this provider, such as a bucket; empty with most. The
+    model that they name is in place already, here and in the lines."""
 
 
 class NativeLine(msgspec.Struct, frozen=True, kw_only=True, gc=False):

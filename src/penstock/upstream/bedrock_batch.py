@@ -63,8 +63,7 @@ LIMITS = BatchLimits(
 )
 """The defaults of the quotas, which Amazon raises for some models."""
 BUCKET_HEADER = "x-tfy-aws-s3-bucket"
-MODEL_HEADERS = ("x-tfy-aws-bedrock-model", "x-tfy-provider-model")
-CLIENT_HEADERS = frozenset({BUCKET_HEADER, *MODEL_HEADERS})
+JOB_HEADERS = frozenset({BUCKET_HEADER})
 BUCKET, OUTPUT = "bucket", "output"
 """Details: the bucket of a job, and the folder of its results in it."""
 
@@ -168,7 +167,7 @@ class BedrockBatchUpstream:
 
     def encode(self, job: NativeJob, line: NativeLine) -> bytes | Reply:
         try:
-            said = bedrock.translate_request(job.endpoint, _model(job), line.body)
+            said = bedrock.translate_request(job.endpoint, job.model, line.body)
         except Untranslatable as error:
             return write_untranslatable(error.field, error.message)
         return b'{"recordId":"%b","modelInput":%b}' % (_record_id(line.custom_id), said)
@@ -192,7 +191,7 @@ class BedrockBatchUpstream:
         body = {
             "jobName": job_name(job),
             "clientRequestToken": _token(job),
-            "modelId": _model(job),
+            "modelId": job.model,
             "roleArn": self._role_arn,
             "inputDataConfig": {
                 "s3InputDataConfig": {
@@ -370,9 +369,7 @@ def read_result(text: bytes, job: NativeJob, *, created_at: int) -> NativeResult
     told = next((raw for raw in (line.modelOutput, line.error) if bytes(raw) != b"null"), None)
     if told is None:
         return NativeResult(custom_id=custom_id, lack=Lack.LOST)
-    reply = bedrock.translate_reply(
-        job.endpoint, _model(job), bytes(told), created_at=created_at
-    )
+    reply = bedrock.translate_reply(job.endpoint, job.model, bytes(told), created_at=created_at)
     return NativeResult(custom_id=custom_id, reply=reply)
 
 
@@ -392,11 +389,6 @@ def _record_id(custom_id: str) -> bytes:
     """A line's name in letters and digits alone, which is all that Amazon promises to take;
     ours have no capitals."""
     return custom_id.replace("-", "X").encode()
-
-
-def _model(job: NativeJob) -> str:
-    asked = (job.parameters.get(header) for header in MODEL_HEADERS)
-    return next((model for model in asked if model), job.model)
 
 
 def _short_id(native_id: str) -> str:

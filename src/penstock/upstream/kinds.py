@@ -7,6 +7,7 @@ table in `app` that makes them.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from penstock.model import BEDROCK_MODEL, PROVIDER_MODEL
 from penstock.upstream.translation.anthropic import API_VERSION
 
 
@@ -26,12 +27,18 @@ class Kind:
     """Which header holds the key; None: `Authorization`, as a bearer token."""
     streams: bool = True
     """Whether answers may be asked for piece by piece, as OpenAI or Anthropic give them."""
-    client_headers: frozenset[str] = frozenset()
-    """Which `x-tfy-...` headers of a client its adapter reads, as `NativeJob.parameters`."""
+    model_headers: frozenset[str] = frozenset({PROVIDER_MODEL})
+    """Which headers of a client name the model of all lines."""
+    job_headers: frozenset[str] = frozenset()
+    """Which other `x-tfy-...` headers its adapter reads, as `NativeJob.parameters`."""
     needs: tuple[str, ...] = ()
     """Which settings of an upstream its adapter cannot do without."""
     takes: tuple[str, ...] = ()
     """Which others it reads, that other kinds do not have."""
+
+    def client_headers(self, *, has_jobs: bool) -> frozenset[str]:
+        """Which headers of a client say something, where lines become jobs or do not."""
+        return self.model_headers | self.job_headers if has_jobs else self.model_headers
 
 
 KINDS: dict[str, Kind] = {
@@ -40,7 +47,7 @@ KINDS: dict[str, Kind] = {
     "azure": Kind(
         title="Azure OpenAI",
         batches="openai",
-        client_headers=frozenset({"x-tfy-azure-api-version"}),
+        job_headers=frozenset({"x-tfy-azure-api-version"}),
         key_header="api-key",
     ),
     "groq": Kind(title="Groq", batches="openai"),
@@ -64,22 +71,15 @@ KINDS: dict[str, Kind] = {
     "bedrock": Kind(
         title="Amazon Bedrock",
         batches="bedrock",
-        client_headers=frozenset(
-            {"x-tfy-aws-s3-bucket", "x-tfy-aws-bedrock-model", "x-tfy-provider-model"}
-        ),
+        model_headers=frozenset({BEDROCK_MODEL, PROVIDER_MODEL}),
+        job_headers=frozenset({"x-tfy-aws-s3-bucket"}),
         needs=("region", "batch_storage", "role_arn"),
         takes=("batch_url", "batch_storage_url"),
     ),
     "vertex": Kind(
         title="Gemini at Vertex AI",
         batches="vertex",
-        client_headers=frozenset(
-            {
-                "x-tfy-vertex-storage-bucket-name",
-                "x-tfy-vertex-region",
-                "x-tfy-provider-model",
-            }
-        ),
+        job_headers=frozenset({"x-tfy-vertex-storage-bucket-name", "x-tfy-vertex-region"}),
         needs=("region", "batch_storage", "google_project"),
         takes=("service_account", "batch_url", "batch_storage_url"),
     ),

@@ -57,8 +57,7 @@ LIMITS = BatchLimits(
 )
 BUCKET_HEADER = "x-tfy-vertex-storage-bucket-name"
 REGION_HEADER = "x-tfy-vertex-region"
-MODEL_HEADER = "x-tfy-provider-model"
-CLIENT_HEADERS = frozenset({BUCKET_HEADER, REGION_HEADER, MODEL_HEADER})
+JOB_HEADERS = frozenset({BUCKET_HEADER, REGION_HEADER})
 BUCKET, OUTPUT = "bucket", "output"
 """Details: the bucket of a job, and the folder of its results in it."""
 JOB_LABEL = "penstock_job"
@@ -368,7 +367,7 @@ def _models(job: NativeJob) -> tuple[str, str]:
     Raises:
         Untranslatable: It is of another publisher, whose form is not known here, or no name.
     """
-    asked = job.parameters.get(MODEL_HEADER) or job.model
+    asked = job.model
     named = asked.removeprefix(_PUBLISHER).removeprefix("google/").removeprefix("models/")
     if _TUNED.fullmatch(asked):
         return asked, asked.rpartition("/")[2]
