@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
+from openai import AsyncAzureOpenAI, AsyncOpenAI
 
 from tests.clients import environments
 from tests.clients.conftest import give_up
@@ -23,7 +25,12 @@ from tests.providers import (
 )
 from tests.providers.anthropic_server import AnthropicProvider, errored
 from tests.providers.buckets import Buckets
-from tests.providers.dialects import GroqProvider, TogetherProvider
+from tests.providers.dialects import (
+    AzureProvider,
+    ClassicAzureProvider,
+    GroqProvider,
+    TogetherProvider,
+)
 from tests.providers.fireworks_server import FireworksProvider
 from tests.providers.gemini_server import GeminiProvider
 from tests.providers.mistral_server import MistralProvider
@@ -192,6 +199,92 @@ async def test_the_clients_of_compatible_providers_are_served(
     assert seen["refused"] == [400, 404]
     assert seen["ended"]["status"].lower() == "completed"
     assert seen["output"] == {"r0": 200, "r1": 200}
+
+
+def open_azure(name: str, root_url: str, key: str) -> AsyncOpenAI:
+    """A client as Microsoft's pages make it."""
+    v1: Any = {"base_url": f"{root_url}/openai/v1", "max_retries": 0}
+    match name:
+        case "classic":
+            version = ClassicAzureProvider.version
+            return AsyncAzureOpenAI(
+                azure_endpoint=root_url, api_key=key, api_version=version, max_retries=0
+            )
+        case "v1":
+            return AsyncOpenAI(api_key=key, **v1)
+        case _:
+            return AsyncOpenAI(api_key="none", default_headers={"api-key": key}, **v1)
+
+
+@pytest.mark.parametrize(
+    ("name", "server", "endpoint"),
+    [
+        ("classic", ClassicAzureProvider, "/chat/completions"),
+        ("v1", AzureProvider, "/v1/chat/completions"),
+        ("v1 with api-key", AzureProvider, "/chat/completions"),
+    ],
+)
+async def test_openais_client_is_served_at_azure(
+    name: str, server: type[OpenAIProvider], endpoint: Any
+) -> None:
+    body = {"model": "deployed", "messages": [{"role": "user", "content": "Hi."}]}
+    lines = [
+        {"custom_id": custom_id, "method": "POST", "url": endpoint, "body": body}
+        for custom_id in ("r0", "r1")
+    ]
+    data = b"".join(json.dumps(each).encode() + b"\n" for each in lines)
+    told: Any = {"endpoint": endpoint, "completion_window": "24h"}
+    outcomes = {"r0": (400, {"error": {"message": "No."}}), "r1": (200, chat_completion("Hi."))}
+    async with server(behave=lambda custom_id, _: outcomes[custom_id]) as provider:
+        root_url = provider.base_url.removesuffix(provider.prefix)
+        client = open_azure(name, root_url, openai_server.KEY)
+        stranger = open_azure(name, root_url, "wrong")
+
+        file = await client.files.create(file=("r.jsonl", data), purpose="batch")
+        created = await client.batches.create(input_file_id=file.id, **told)
+        other = await client.batches.create(input_file_id=file.id, **told)
+        listed = [each.id async for each in client.batches.list(limit=1)]
+        cancelled = await client.batches.cancel(other.id)
+        with pytest.raises(openai.NotFoundError):
+            await client.batches.retrieve("batch_unknown")
+        with pytest.raises(openai.BadRequestError):
+            await client.batches.create(input_file_id="file-unknown", **told)
+        with pytest.raises(openai.AuthenticationError):
+            await stranger.batches.retrieve(created.id)
+        provider.end(created.id)
+        ended = await client.batches.retrieve(created.id)
+        output = await client.files.content(ended.output_file_id or "")
+        errors = await client.files.content(ended.error_file_id or "")
+        alone = await client.chat.completions.create(model="deployed", messages=[])
+        files = [each.id async for each in client.files.list()]
+        deleted = await client.files.delete(file.id)
+        for each in (client, stranger):
+            await each.close()
+
+    assert created.status.lower() == "validating"
+    assert created.request_counts
+    assert created.request_counts.completed is None
+    assert listed == [other.id, created.id]
+    assert cancelled.status in ("cancelling", "cancelled")
+    assert (ended.status, ended.object) == ("completed", "batch")
+    assert json.loads(output.text)["response"]["body"]["choices"][0]["message"]["content"]
+    assert json.loads(errors.text)["response"]["status_code"] == 400
+    assert provider.models_by_line == ["deployed"]
+    assert alone.choices[0].message.content
+    assert file.id in files
+    assert (file.status, deleted.deleted) == ("processed", True)
+
+
+async def test_a_classic_azure_is_not_found_without_its_version() -> None:
+    async with ClassicAzureProvider() as provider:
+        async with AsyncAzureOpenAI(
+            azure_endpoint=provider.base_url.removesuffix(provider.prefix),
+            api_key=openai_server.KEY,
+            api_version="2020-01-01",
+            max_retries=0,
+        ) as client:
+            with pytest.raises(openai.NotFoundError, match="Resource not found"):
+                await client.batches.retrieve("batch_1")
 
 
 async def test_googles_client_is_served_at_vertex() -> None:

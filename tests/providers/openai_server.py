@@ -69,6 +69,7 @@ class OpenAIProvider:
 
     prefix = "/v1"
     upload_path = "/files"
+    chat_path = "/chat/completions"
     purpose = "batch"
     endpoints: tuple[str, ...] = ENDPOINTS
     windows: tuple[str, ...] = ("24h",)
@@ -103,6 +104,7 @@ class OpenAIProvider:
         at = self.prefix
         routes = [
             Route(f"{at}{self.upload_path}", self._upload, methods=["POST"]),
+            Route(f"{at}/files", self._list_files, methods=["GET"]),
             Route(f"{at}/files/{{id}}", self._get_file, methods=["GET"]),
             Route(f"{at}/files/{{id}}", self._delete_file, methods=["DELETE"]),
             Route(f"{at}/files/{{id}}/content", self._content, methods=["GET"]),
@@ -110,7 +112,7 @@ class OpenAIProvider:
             Route(f"{at}/batches", self._list, methods=["GET"]),
             Route(f"{at}/batches/{{id}}", self._get, methods=["GET"]),
             Route(f"{at}/batches/{{id}}/cancel", self._cancel, methods=["POST"]),
-            Route(f"{at}/chat/completions", self._chat, methods=["POST"]),
+            Route(f"{at}{self.chat_path}", self._chat, methods=["POST"]),
             Route(f"{at}/models", self._models, methods=["GET"]),
         ]
         config = uvicorn.Config(
@@ -134,6 +136,16 @@ class OpenAIProvider:
     def is_let_in(self, request: Request) -> bool:
         """Whether a request has the key."""
         return request.headers.get("authorization") == f"Bearer {KEY}"
+
+    def refuse(self, request: Request) -> Response | None:
+        """What is answered to a request that has not even that."""
+        if self.is_let_in(request):
+            return None
+        return error(401, f"Incorrect API key: {request.headers.get('authorization')}.")
+
+    def model_of(self, request: Request, body: dict[str, Any]) -> str:
+        """Which model answers a line that is sent alone."""
+        return body["model"]
 
     def show(self, batch: dict[str, Any]) -> Any:
         """A batch as it is shown."""
@@ -218,13 +230,13 @@ class OpenAIProvider:
             self.on_call(f"before {route}")
         waiting = self.troubles.get(route)
         trouble = waiting.pop(0) if waiting else Trouble()
-        if not self.is_let_in(request):
-            return _error(401, f"Incorrect API key: {request.headers.get('authorization')}.")
+        if (refusal := self.refuse(request)) is not None:
+            return refusal
         if self.is_down:
-            return _error(503, "The service is down.")
+            return error(503, "The service is down.")
         if trouble.status:
             await _drain(request)
-            return _error(trouble.status, "Not now.", headers=trouble.headers)
+            return error(trouble.status, "Not now.", headers=trouble.headers)
         response = await work()
         if self.on_call is not None:
             self.on_call(f"after {route}")
@@ -244,7 +256,7 @@ class OpenAIProvider:
                 assert not isinstance(file, str)
                 data = await file.read()
             if purpose != self.purpose or not data:
-                return _error(400, "Invalid file format for Batch API. Must be .jsonl")
+                return error(400, "Invalid file format for Batch API. Must be .jsonl")
             file_id = self._add_file(data, purpose, str(file.filename))
             return JSONResponse(self.files[file_id])
 
@@ -254,11 +266,11 @@ class OpenAIProvider:
         async def work() -> Response:
             body = await request.json()
             if body["completion_window"] not in self.windows:
-                return _error(400, "Invalid value: 'completion_window'. Supported: '24h'.")
+                return error(400, "Invalid value: 'completion_window'. Supported: '24h'.")
             if body["endpoint"] not in self.endpoints:
-                return _error(400, f"Invalid value: '{body['endpoint']}'.")
+                return error(400, f"Invalid value: '{body['endpoint']}'.")
             if body["input_file_id"] not in self.files:
-                return _error(400, f"No such File object: {body['input_file_id']}")
+                return error(400, f"No such File object: {body['input_file_id']}")
             native_id = f"batch_{secrets.token_hex(16)}"
             now = int(time.time())
             self.batches[native_id] = {
@@ -300,7 +312,7 @@ class OpenAIProvider:
         async def work() -> Response:
             batch = self.batches.get(request.path_params["id"])
             if batch is None:
-                return _error(404, "No batch found with that ID.")
+                return error(404, "No batch found with that ID.")
             if self.is_quick and batch["status"] not in FINAL:
                 self.end(batch["id"])
             return JSONResponse(self.show(batch))
@@ -311,9 +323,9 @@ class OpenAIProvider:
         async def work() -> Response:
             batch = self.batches.get(request.path_params["id"])
             if batch is None:
-                return _error(404, "No batch found with that ID.")
+                return error(404, "No batch found with that ID.")
             if batch["status"] in FINAL:
-                return _error(409, f"Cannot cancel a batch with status '{batch['status']}'.")
+                return error(409, f"Cannot cancel a batch with status '{batch['status']}'.")
             batch["status"] = "cancelling"
             if self.cancels_at_once:
                 self.end(batch["id"], "cancelled", only=1)
@@ -321,10 +333,17 @@ class OpenAIProvider:
 
         return await self._serve(CANCEL, request, work)
 
+    async def _list_files(self, request: Request) -> Response:
+        async def work() -> Response:
+            page = list(reversed(self.files.values()))
+            return JSONResponse({"object": "list", "data": page, "has_more": False})
+
+        return await self._serve("GET /files", request, work)
+
     async def _get_file(self, request: Request) -> Response:
         async def work() -> Response:
             file = self.files.get(request.path_params["id"])
-            return JSONResponse(file) if file else _error(404, "No such File object.")
+            return JSONResponse(file) if file else error(404, "No such File object.")
 
         return await self._serve("GET /files/{id}", request, work)
 
@@ -332,7 +351,7 @@ class OpenAIProvider:
         async def work() -> Response:
             data = self.contents.get(request.path_params["id"])
             if data is None:
-                return _error(404, "No such File object.")
+                return error(404, "No such File object.")
             return Response(data, media_type="application/octet-stream")
 
         return await self._serve(CONTENT, request, work)
@@ -341,7 +360,7 @@ class OpenAIProvider:
         async def work() -> Response:
             file_id = request.path_params["id"]
             if self.files.pop(file_id, None) is None:
-                return _error(404, "No such File object.")
+                return error(404, "No such File object.")
             return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
         return await self._serve("DELETE /files/{id}", request, work)
@@ -349,8 +368,9 @@ class OpenAIProvider:
     async def _chat(self, request: Request) -> Response:
         async def work() -> Response:
             body = await request.json()
-            self.models_by_line.append(body["model"])
-            return JSONResponse(chat_completion(f"by line: {body['messages'][0]['content']}"))
+            self.models_by_line.append(self.model_of(request, body))
+            prompt = body["messages"][0]["content"] if body["messages"] else "nothing"
+            return JSONResponse(chat_completion(f"by line: {prompt}"))
 
         return await self._serve("POST /chat/completions", request, work)
 
@@ -385,7 +405,7 @@ def _result(custom_id: str, *, response: Any = None, error: Any = None) -> bytes
     return json.dumps(fields).encode() + b"\n"
 
 
-def _error(status: int, message: str, *, headers: Mapping[str, str] | None = None) -> Response:
+def error(status: int, message: str, *, headers: Mapping[str, str] | None = None) -> Response:
     error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
     return JSONResponse({"error": error}, status_code=status, headers=headers)
 

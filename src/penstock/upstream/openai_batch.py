@@ -308,8 +308,8 @@ class OpenAIBatchUpstream:
         state = _STATES.get(batch.status.lower(), NativeState.RUNNING)
         return NativeStatus(
             state=state,
-            completed=counts.completed,
-            failed=counts.failed,
+            completed=counts.completed or 0,
+            failed=counts.failed or 0,
             details={name: file_id for name, file_id in files.items() if file_id},
             message=" ".join(filter(None, (fault.message for fault in faults[:3])))
             or batch.told_error,
@@ -450,8 +450,10 @@ class _Size(msgspec.Struct):
 
 
 class _Counts(msgspec.Struct):
-    completed: int = 0
-    failed: int = 0
+    """None as long as a provider has not counted."""
+
+    completed: int | None = None
+    failed: int | None = None
 
 
 class _Fault(msgspec.Struct):
