@@ -21,6 +21,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import structlog
 
@@ -65,6 +66,7 @@ from penstock.settings import DEFAULT_PROJECT, Settings, Upstream
 from penstock.store.sql import SqlStore
 from penstock.telemetry import Health, Metrics
 from penstock.uploads import Uploads
+from penstock.upstream import azure
 from penstock.upstream.anthropic_batch import AnthropicBatchUpstream
 from penstock.upstream.base import BatchUpstream, LineUpstream
 from penstock.upstream.bedrock_batch import BedrockBatchUpstream
@@ -639,9 +641,11 @@ def _make_routes(settings: Settings) -> Routes:
     )
 
 
-def _make_upstream(upstream: Upstream) -> LineUpstream:
-    kind = KINDS[upstream.kind]
-    http = OpenAIHttpUpstream(
+def open_lines(upstream: Upstream) -> OpenAIHttpUpstream:
+    """What sends lines to an upstream one by one, in its own form."""
+    kind, version = KINDS[upstream.kind], upstream.api_version
+    is_classic = upstream.kind == "azure" and azure.is_classic(upstream.base_url)
+    return OpenAIHttpUpstream(
         name=upstream.name,
         base_url=upstream.base_url,
         api_key=upstream.api_key.get_secret_value() if upstream.api_key else None,
@@ -653,10 +657,16 @@ def _make_upstream(upstream: Upstream) -> LineUpstream:
         streams=upstream.stream,
         headers=kind.headers,
         key_header=kind.key_header,
+        query=f"api-version={quote(version, safe='')}" if version else "",
+        locate=azure.locate if is_classic else None,
     )
-    if kind.form is None:
+
+
+def _make_upstream(upstream: Upstream) -> LineUpstream:
+    http, form = open_lines(upstream), KINDS[upstream.kind].form
+    if form is None:
         return http
-    translation, locate = _FORMS[kind.form]
+    translation, locate = _FORMS[form]
     return TranslatedUpstream(http, translation=translation, locate=locate)
 
 
@@ -672,6 +682,7 @@ _BATCH_ADAPTERS: dict[str, Callable[[Upstream], BatchUpstream]] = {
         base_url=upstream.base_url,
         api_key=upstream.api_key.get_secret_value() if upstream.api_key else None,
         dialect=DIALECTS[upstream.kind],
+        api_version=upstream.api_version,
         connect_timeout_s=upstream.connect_timeout_s,
     ),
     "anthropic": lambda upstream: AnthropicBatchUpstream(**_provider(upstream)),

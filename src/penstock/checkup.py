@@ -18,7 +18,7 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from penstock.app import open_batches, open_storage
+from penstock.app import open_batches, open_lines, open_storage
 from penstock.engine.postgres import check_queue, install_queue
 from penstock.errors import PenstockError, UpstreamDown
 from penstock.events import sample_event
@@ -30,9 +30,7 @@ from penstock.store.sql import SqlStore
 from penstock.upstream.anthropic_batch import REQUESTS
 from penstock.upstream.base import NativeJob
 from penstock.upstream.bedrock_batch import BUCKET
-from penstock.upstream.kinds import KINDS
 from penstock.upstream.openai_batch import INPUT
-from penstock.upstream.openai_http import OpenAIHttpUpstream
 from penstock.upstream.webhook import WebhookReply, WebhookTarget
 from penstock.upstream.webhook_http import HttpWebhookSender
 
@@ -172,16 +170,8 @@ async def check_upstream(settings: Upstream) -> Finding:
     """Whether an upstream answers, and with a model that its patterns match."""
     what = f"upstream {settings.name}"
     try:
-        upstream = OpenAIHttpUpstream(
-            name=settings.name,
-            base_url=settings.base_url,
-            api_key=settings.api_key.get_secret_value() if settings.api_key else None,
-            max_concurrency=settings.max_concurrency,
-            request_timeout_s=min(settings.request_timeout_s, 30),
-            connect_timeout_s=settings.connect_timeout_s,
-            headers=KINDS[settings.kind].headers,
-            key_header=KINDS[settings.kind].key_header,
-        )
+        hasty = {"request_timeout_s": min(settings.request_timeout_s, 30)}
+        upstream = open_lines(settings.model_copy(update=hasty))
         try:
             models = await upstream.list_models()
         finally:

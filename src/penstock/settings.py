@@ -39,6 +39,7 @@ from penstock.settings_sources import (
     variable_name,
 )
 from penstock.signing import read_secret
+from penstock.upstream.azure import is_classic
 from penstock.upstream.kinds import KINDS
 
 DEFAULT_PROJECT = "default"
@@ -328,6 +329,12 @@ class Upstream(Table):
     api_key: Secret | None = _setting(
         'Its key, or `{ env = "NAME" }` to take it from an environment variable.',
         _SECRET,
+        default=None,
+    )
+    api_version: Text | None = _setting(
+        "With kind `azure`, the version of its API; it must be named where `base_url` does not "
+        "end in `/v1`.",
+        "a version of Azure's API, such as 2024-10-21",
         default=None,
     )
     account: Label | None = _setting(
@@ -743,6 +750,16 @@ def _check_kinds(settings: Settings, told: Callable[..., str]) -> None:
                     f"{told('upstreams', index, name)}; it must not be set for the kind "
                     f"{upstream.kind}, which does not read it."
                 )
+        if (
+            upstream.kind == "azure"
+            and upstream.api_version is None
+            and is_classic(upstream.base_url)
+        ):
+            raise InvalidSettings(
+                f"{told('upstreams', index, 'base_url')}; it must end in /v1, or "
+                f"upstreams[{index}].api_version must be set, such as 2024-10-21: without /v1 "
+                "Azure takes nothing that names no version."
+            )
         for name in kind.needs:
             if upstream.mode != "lines" and getattr(upstream, name) is None:
                 raise InvalidSettings(

@@ -276,15 +276,17 @@ async def test_openais_client_is_served_at_azure(
 
 
 async def test_a_classic_azure_is_not_found_without_its_version() -> None:
-    async with ClassicAzureProvider() as provider:
-        async with AsyncAzureOpenAI(
+    async with (
+        ClassicAzureProvider() as provider,
+        AsyncAzureOpenAI(
             azure_endpoint=provider.base_url.removesuffix(provider.prefix),
             api_key=openai_server.KEY,
             api_version="2020-01-01",
             max_retries=0,
-        ) as client:
-            with pytest.raises(openai.NotFoundError, match="Resource not found"):
-                await client.batches.retrieve("batch_1")
+        ) as client,
+    ):
+        with pytest.raises(openai.NotFoundError, match="Resource not found"):
+            await client.batches.retrieve("batch_1")
 
 
 async def test_googles_client_is_served_at_vertex() -> None:

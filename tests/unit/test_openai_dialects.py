@@ -74,6 +74,24 @@ class TestClassicAzure(DialectContract):
         with pytest.raises(JobRefused):
             await self.submit(upstream, job)
 
+    async def test_a_version_of_the_settings_does_for_clients_that_name_none(
+        self, provider: OpenAIProvider
+    ) -> None:
+        upstream = OpenAIBatchUpstream(
+            name="hosted",
+            base_url=provider.base_url,
+            api_key=KEY,
+            dialect=DIALECTS["azure"],
+            api_version=ClassicAzureProvider.version,
+        )
+        silent = with_fields(self.job(upstream), parameters={})
+        wrong = with_fields(silent, parameters={API_VERSION: "2020-01-01"})
+
+        assert await self.submit(upstream, silent) in provider.batches
+        with pytest.raises(JobRefused):
+            await self.submit(upstream, wrong)
+        await upstream.close()
+
     async def test_a_version_is_no_way_into_the_address(
         self, upstream: OpenAIBatchUpstream
     ) -> None:

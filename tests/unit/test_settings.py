@@ -254,6 +254,13 @@ def test_variables_of_the_client_and_of_kubernetes_are_passed_over(
          "provider is not shared."),
         (UPSTREAM + 'fallback = "lines"', 'upstreams[0].fallback is "lines" (file '
          "penstock.toml); it must be none where upstreams[0].mode is lines."),
+        ('[[upstreams]]\nname = "a"\nkind = "azure"\nbase_url = "https://a.example/openai"',
+         'upstreams[0].base_url is "https://a.example/openai" (file penstock.toml); it must '
+         "end in /v1, or upstreams[0].api_version must be set, such as 2024-10-21: without /v1 "
+         "Azure takes nothing that names no version."),
+        (UPSTREAM + 'api_version = "2024-10-21"', 'upstreams[0].api_version is "2024-10-21" '
+         "(file penstock.toml); it must not be set for the kind openai, which does not read "
+         "it."),
         ('[[projects]]\nname = "a"\nallow_upstreams = ["b"]\n' + UPSTREAM,
          'projects[0].allow_upstreams[0] is "b" (file penstock.toml); it must be the name of '
          "an upstream without a group: local."),

@@ -49,6 +49,7 @@ KINDS: dict[str, Kind] = {
         batches="openai",
         job_headers=frozenset({"x-tfy-azure-api-version"}),
         key_header="api-key",
+        takes=("api_version",),
     ),
     "groq": Kind(title="Groq", batches="openai"),
     "anthropic": Kind(

@@ -15,6 +15,7 @@ import msgspec
 
 from penstock.errors import JobNotTaken, JobRefused, PenstockError, UpstreamDown
 from penstock.model import ENDPOINTS
+from penstock.upstream.azure import is_classic
 from penstock.upstream.base import (
     BatchLimits,
     Details,
@@ -170,6 +171,7 @@ class OpenAIBatchUpstream:
         name: As the settings call it.
         base_url: Where the API lies, usually ending in `/v1`.
         api_key: None sends none.
+        api_version: That of Azure's API, for jobs whose client names none.
 
     Raises:
         InvalidSettings: `base_url` is not an HTTP URL, or `api_key` cannot stand in a header.
@@ -182,6 +184,7 @@ class OpenAIBatchUpstream:
         base_url: str,
         api_key: str | None,
         dialect: Dialect,
+        api_version: str | None = None,
         connect_timeout_s: float = 10.0,
         call_timeout_s: float = 60.0,
     ) -> None:
@@ -189,7 +192,8 @@ class OpenAIBatchUpstream:
         self.limits = dialect.limits
         self.find_after_s = dialect.find_after_s
         self._dialect = dialect
-        self._is_classic = dialect.is_azure and not base_url.rstrip("/").endswith("/v1")
+        self._api_version = api_version
+        self._is_classic = dialect.is_azure and is_classic(base_url)
         if not api_key:
             headers = {}
         elif dialect.key_header is None:
@@ -220,7 +224,8 @@ class OpenAIBatchUpstream:
 
     def _at(self, job: NativeJob, path: str) -> str:
         """A path, with the version of the API that the client names for this job."""
-        version = job.parameters.get(API_VERSION) if self._dialect.is_azure else None
+        asked = job.parameters.get(API_VERSION) if self._dialect.is_azure else None
+        version = asked or self._api_version
         return path if version is None else f"{path}?api-version={quote(version, safe='')}"
 
     async def submit(self, job: NativeJob, records: AsyncIterator[bytes], note: Note) -> str:

@@ -43,6 +43,8 @@ _MAX_MODELS = 10_000
 _MAX_TOKENS = 2**48  # more than this in one reply is no count
 
 
+Locate = Callable[[str, bytes], str]
+"""Where a line is sent, below the base URL, by its endpoint and body."""
 MakeTransport = Callable[[Url, TransportOptions], Transport]
 """Gets the base URL, of which it is to use the origin."""
 
@@ -67,6 +69,8 @@ class OpenAIHttpUpstream:
         streams: Whether answers are asked for piece by piece, where the endpoint can do that;
             a reply is the same as without.
         headers: Sent with each request, beside those that all have.
+        query: Ends each address, such as `api-version=2024-10-21`; empty adds nothing.
+        locate: Where a line is sent; None: where its endpoint says.
         max_reply_bytes: The longest body that is accepted.
         make_transport: Makes what its requests go through.
 
@@ -88,6 +92,8 @@ class OpenAIHttpUpstream:
         streams: bool = False,
         headers: Mapping[str, str] | None = None,
         key_header: str | None = None,
+        query: str = "",
+        locate: Locate | None = None,
         max_reply_bytes: int = 64 * 1024 * 1024,
         make_transport: MakeTransport | None = None,
     ) -> None:
@@ -98,6 +104,8 @@ class OpenAIHttpUpstream:
         self._key = api_key.encode() if api_key else None
         base = parse_base_url(name, base_url)
         self._base_path = base.path.rstrip("/")
+        self._query = f"?{query}" if query else ""
+        self._locate = locate
         self._paths = {endpoint: self._path(endpoint) for endpoint in ENDPOINTS}
         sent = {
             "User-Agent": f"penstock/{__version__}",
@@ -129,7 +137,10 @@ class OpenAIHttpUpstream:
         )
 
     async def send(self, endpoint: str, body: bytes) -> Reply:
-        path = self._paths.get(endpoint) or self._path(endpoint)
+        if self._locate is None:
+            path = self._paths.get(endpoint) or self._path(endpoint)
+        else:
+            path = self._path(self._locate(endpoint, body))
         is_streamed = self._streams and can_stream(endpoint)
         if is_streamed:
             body = ask_for_stream(endpoint, body)
@@ -150,7 +161,8 @@ class OpenAIHttpUpstream:
             names += [model.name.removeprefix("models/") for model in page.models or ()]
             if not page.nextPageToken or len(names) > _MAX_MODELS:
                 return names
-            query = f"?pageToken={quote(page.nextPageToken, safe='')}"
+            sign = "&" if self._query else "?"
+            query = f"{sign}pageToken={quote(page.nextPageToken, safe='')}"
 
     async def _list_models(self, query: str) -> "_Models":
         try:
@@ -184,7 +196,7 @@ class OpenAIHttpUpstream:
         await self._transport.close()
 
     def _path(self, endpoint: str) -> str:
-        return self._base_path + endpoint.removeprefix("/v1")
+        return self._base_path + endpoint.removeprefix("/v1") + self._query
 
     def _read(self, answer: Answer) -> Reply:
         status, body = answer.status, answer.body

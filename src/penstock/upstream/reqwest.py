@@ -40,6 +40,7 @@ from penstock.upstream.transport import (
 _POOL_IDLE_S = 4.0
 # 10 ms were enough in each of 15 runs on one CPU in which 8 aborted without; see above.
 _EXIT_PAUSE_S = 0.025
+_MAX_URLS = 1000
 
 
 class ReqwestTransport:
@@ -102,6 +103,8 @@ class ReqwestTransport:
     def _url(self, path: str) -> Url:
         url = self._urls.get(path)
         if url is None:
+            if len(self._urls) > _MAX_URLS:
+                self._urls.clear()  # clients choose the models that may stand in them
             url = self._urls[path] = Url(self._origin + path)
         return url
 
