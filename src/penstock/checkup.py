@@ -30,6 +30,7 @@ from penstock.store.sql import SqlStore
 from penstock.upstream.anthropic_batch import REQUESTS
 from penstock.upstream.base import NativeJob
 from penstock.upstream.bedrock_batch import BUCKET
+from penstock.upstream.kinds import KINDS
 from penstock.upstream.openai_batch import INPUT
 from penstock.upstream.webhook import WebhookReply, WebhookTarget
 from penstock.upstream.webhook_http import HttpWebhookSender
@@ -177,6 +178,13 @@ async def check_upstream(settings: Upstream) -> Finding:
         finally:
             await upstream.close()
     except UpstreamDown as error:
+        if _may_do_without_lines(settings):
+            return Finding(
+                what,
+                Verdict.NOTE,
+                f"{str(error).rstrip('.')}; it has no api_key, which is for lines that no "
+                "batch of the provider takes: set one if such lines are to be sent one by one.",
+            )
         hint = "start it, or correct its base_url and api_key."
         return Finding(what, Verdict.PROBLEM, f"{str(error).rstrip('.')}; {hint}")
     except PenstockError as error:
@@ -193,6 +201,12 @@ async def check_upstream(settings: Upstream) -> Finding:
     more = f" and {len(served) - _SHOWN_MODELS} more" if len(served) > _SHOWN_MODELS else ""
     names = ", ".join(served[:_SHOWN_MODELS])
     return Finding(what, Verdict.OK, f"It answers and serves {names}{more}.")
+
+
+def _may_do_without_lines(settings: Upstream) -> bool:
+    """Whether batches may be all that an upstream is for, as nothing opens its other API."""
+    is_cloud = KINDS[settings.kind].has_cloud_credentials
+    return is_cloud and settings.mode == "native" and settings.api_key is None
 
 
 async def check_batches(settings: Upstream) -> Finding:

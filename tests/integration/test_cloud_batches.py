@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
+from penstock.checkup import Verdict, check_batches, check_upstream
 from penstock.executor.native import NativePolicy
 from penstock.model import BatchStatus, Counts
+from penstock.settings import Upstream
 from penstock.upstream import bedrock_batch, vertex_batch
 from penstock.upstream.kinds import KINDS
 from tests.integration.bench import Bench, ids, line, until
@@ -15,6 +18,7 @@ from tests.providers import bedrock_server, vertex_server
 from tests.providers.bedrock_server import BedrockProvider
 from tests.providers.buckets import Buckets
 from tests.providers.vertex_server import VertexProvider
+from tests.upstreams import ScriptedUpstream, fail
 
 HASTY = NativePolicy(first_poll_s=0.02, max_poll_s=0.05, first_wait_s=0.02, max_wait_s=0.05)
 NAMES = [f"line-{n}" for n in range(120)]
@@ -152,6 +156,57 @@ async def test_vertex_runs_the_model_that_is_asked_for(
     assert texts(output) == NAMES
     [job] = vertex.jobs.values()
     assert job["model"] == "publishers/google/models/gemini-2.5-flash"
+
+
+def without_key(kind: str, base_url: str, provider: Any, **more: str) -> Upstream:
+    """An upstream whose batches alone can be asked for."""
+    scheme = "s3" if kind == "bedrock" else "gs"
+    told = {
+        "name": "cloud",
+        "kind": kind,
+        "base_url": base_url,
+        "mode": "native",
+        "batch_storage": f"{scheme}://{provider.buckets.create()}",
+        "batch_url": provider.url,
+        "batch_storage_url": provider.buckets.url,
+        **more,
+    }
+    return Upstream.model_validate(told)
+
+
+async def check(settings: Upstream) -> list[Verdict]:
+    return [
+        (await check_upstream(settings)).verdict,
+        (await check_batches(settings)).verdict,
+    ]
+
+
+async def test_a_check_of_bedrock_without_a_key_for_lines_finds_no_problem(
+    bedrock: BedrockProvider,
+) -> None:
+    where = {"region": bedrock_server.REGION, "role_arn": bedrock_server.ROLE}
+    async with ScriptedUpstream(lambda *_: fail(403, "No key.")) as lines:
+        told = without_key("bedrock", lines.base_url, bedrock, **where)
+        found = await check_upstream(told)
+        in_turn = await check(told.model_copy(update={"mode": "auto"}))
+
+    assert await check(told) == [Verdict.NOTE, Verdict.OK]
+    assert "403" in found.message
+    assert "set one if such lines are to be sent one by one" in found.message
+    assert in_turn == [Verdict.PROBLEM, Verdict.OK]
+
+
+async def test_a_check_of_vertex_without_a_key_for_lines_finds_no_problem(
+    vertex: VertexProvider, tmp_path: Path
+) -> None:
+    where = {"region": vertex_server.REGION, "google_project": vertex_server.PROJECT}
+    key_file = str(vertex.key_file(tmp_path))
+    async with ScriptedUpstream(lambda *_: fail(401, "No token.")) as lines:
+        told = without_key("vertex", lines.base_url, vertex, service_account=key_file, **where)
+        with_key = told.model_copy(update={"api_key": SecretStr("sk-of-lines-0123456789")})
+
+        assert await check(told) == [Verdict.NOTE, Verdict.OK]
+        assert await check(with_key) == [Verdict.PROBLEM, Verdict.OK]
 
 
 def test_the_kinds_know_the_headers_that_their_adapters_read() -> None:

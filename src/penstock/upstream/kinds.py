@@ -33,6 +33,9 @@ class Kind:
     """Which other `x-tfy-...` headers its adapter reads, as `NativeJob.parameters`."""
     needs: tuple[str, ...] = ()
     """Which settings of an upstream its adapter cannot do without."""
+    has_cloud_credentials: bool = False
+    """Whether its batch API is opened by credentials of a cloud, and `api_key` is for lines
+    that are sent one by one alone."""
     takes: tuple[str, ...] = ()
     """Which others it reads, that other kinds do not have."""
 
@@ -74,6 +77,7 @@ KINDS: dict[str, Kind] = {
         batches="bedrock",
         model_headers=frozenset({BEDROCK_MODEL, PROVIDER_MODEL}),
         job_headers=frozenset({"x-tfy-aws-s3-bucket"}),
+        has_cloud_credentials=True,
         needs=("region", "batch_storage", "role_arn"),
         takes=("batch_url", "batch_storage_url"),
     ),
@@ -81,6 +85,7 @@ KINDS: dict[str, Kind] = {
         title="Gemini at Vertex AI",
         batches="vertex",
         job_headers=frozenset({"x-tfy-vertex-storage-bucket-name", "x-tfy-vertex-region"}),
+        has_cloud_credentials=True,
         needs=("region", "batch_storage", "google_project"),
         takes=("service_account", "batch_url", "batch_storage_url"),
     ),
