@@ -382,11 +382,6 @@ class NativeRunStatus(StrEnum):
     ENDED = "ended"  # it has let go of its slices. Final
 
 
-MODEL_PARAMETERS = ("x-tfy-aws-bedrock-model", "x-tfy-provider-model")
-"""The parameters of a batch that name a model in place of those that its lines name; the
-first counts."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spent:
     """What a job of a provider took, counted once, when its results were collected."""

@@ -11,7 +11,6 @@ from fnmatch import fnmatchcase
 from typing import Protocol
 
 from penstock.model import (
-    MODEL_PARAMETERS,
     Batch,
     NativeRun,
     NativeRunStatus,
@@ -273,9 +272,7 @@ class PriceBook:
         usage = _without(batch.usage, sum((each.usage for each in counted), Usage()))
         if answered <= 0:
             return None
-        parameters = batch.parameters or {}
-        # With those, the batch's model may be another than that which was asked.
-        model = None if parameters.keys() & set(MODEL_PARAMETERS) else batch.model
+        model = batch.model
         upstream = model and self.find_upstream(model, batch.upstream)
         cost = UNKNOWN
         if usage is not None:

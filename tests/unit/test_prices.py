@@ -408,11 +408,9 @@ def test_a_batch_without_jobs_is_priced_where_upstream_and_model_are_known() -> 
     [item] = BOOK.price_batch(batch(), [])
     assert (item.upstream, item.model, item.cost.usd) == ("fast", "m", Decimal("3.0"))
 
-    for unclear in (
-        batch(model=None),
-        batch(upstream="gone"),
-        batch(parameters={"x-tfy-provider-model": "other"}),
-    ):
+    asked = batch(model="m", parameters={"x-tfy-provider-model": "m"})
+    assert BOOK.price_batch(asked, []) == [item]
+    for unclear in (batch(model=None), batch(upstream="gone")):
         [item] = BOOK.price_batch(unclear, [])
         assert item.cost == UNKNOWN
     assert replace(BOOK, find_upstream=lambda *_: None).price_batch(batch(), [])[0].cost == (

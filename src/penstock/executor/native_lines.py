@@ -17,7 +17,6 @@ from penstock.executor.replies import error_line, reply_line
 from penstock.executor.retry import may_pass
 from penstock.jsonl import RequestLine, iter_requests
 from penstock.model import (
-    MODEL_PARAMETERS,
     Batch,
     NativeRun,
     Slice,
@@ -85,11 +84,10 @@ def count_up(
     if sum(piece.requests for piece in slices) != run.requests:
         return None
     named = {model for piece in slices for model in piece.models}
-    chosen = next(filter(None, map((batch.parameters or {}).get, MODEL_PARAMETERS)), None)
     return Spent(
         answered=sum(piece.completed for piece in slices),
         usage=sum((piece.usage for piece in slices), Usage()),
-        model=chosen or (named.pop() if len(named) == 1 else None),
+        model=batch.asked_model or (named.pop() if len(named) == 1 else None),
         longest_input=longest_input,
     )
 
