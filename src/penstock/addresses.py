@@ -1,12 +1,33 @@
-"""Which addresses lie within a network of one's own. Pure.
+"""Which addresses may be named, and which lie within a network of one's own. Pure.
 
 A webhook is not sent there unless its settings allow it: whoever may choose its URL could else
 reach what only this machine can reach.
 """
 
+import re
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from urllib.parse import urlsplit
 
 _NAT64 = IPv6Network("64:ff9b::/96")
+
+
+def read_base_url(value: object) -> str:
+    """The URL below which an API lies, without a slash at its end.
+
+    Raises:
+        ValueError: It is none, or has more than a scheme, a host and a path.
+    """
+    if not isinstance(value, str):
+        raise ValueError
+    try:
+        parts = urlsplit(value)
+        _ = parts.port  # which raises if it is not a number up to 65535
+    except ValueError:
+        raise ValueError from None
+    is_plain = not (parts.query or parts.fragment or re.search(r"\s", value))
+    if parts.scheme not in ("http", "https") or not parts.hostname or not is_plain:
+        raise ValueError
+    return value.rstrip("/")
 
 
 def is_private(address: str) -> bool:

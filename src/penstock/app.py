@@ -21,7 +21,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import structlog
 
@@ -643,21 +642,18 @@ def _make_routes(settings: Settings) -> Routes:
 
 def open_lines(upstream: Upstream) -> OpenAIHttpUpstream:
     """What sends lines to an upstream one by one, in its own form."""
-    kind, version = KINDS[upstream.kind], upstream.api_version
+    kind = KINDS[upstream.kind]
     is_classic = upstream.kind == "azure" and azure.is_classic(upstream.base_url)
     return OpenAIHttpUpstream(
-        name=upstream.name,
-        base_url=upstream.base_url,
-        api_key=upstream.api_key.get_secret_value() if upstream.api_key else None,
+        **_provider(upstream),
         max_concurrency=upstream.max_concurrency,
         request_timeout_s=upstream.request_timeout_s,
-        connect_timeout_s=upstream.connect_timeout_s,
         first_byte_timeout_s=upstream.first_byte_timeout_s,
         silence_timeout_s=upstream.silence_timeout_s,
         streams=upstream.stream,
         headers=kind.headers,
         key_header=kind.key_header,
-        query=f"api-version={quote(version, safe='')}" if version else "",
+        query=azure.version_query(upstream.api_version),
         locate=azure.locate if is_classic else None,
     )
 
@@ -678,12 +674,9 @@ _FORMS: dict[str, tuple[Translation, Locate]] = {
 """What translates, and where it is sent, by the name that `upstream.kinds` gives it."""
 _BATCH_ADAPTERS: dict[str, Callable[[Upstream], BatchUpstream]] = {
     "openai": lambda upstream: OpenAIBatchUpstream(
-        name=upstream.name,
-        base_url=upstream.base_url,
-        api_key=upstream.api_key.get_secret_value() if upstream.api_key else None,
+        **_provider(upstream),
         dialect=DIALECTS[upstream.kind],
         api_version=upstream.api_version,
-        connect_timeout_s=upstream.connect_timeout_s,
     ),
     "anthropic": lambda upstream: AnthropicBatchUpstream(**_provider(upstream)),
     "fireworks": lambda upstream: FireworksBatchUpstream(

@@ -22,7 +22,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, SecretStr, ValidationE
 from pydantic.fields import FieldInfo
 from pydantic_core import Url
 
-from penstock.addresses import is_private_host
+from penstock.addresses import is_private_host, read_base_url
 from penstock.errors import InvalidSettings
 from penstock.model import parse_window
 from penstock.places import DEFAULT_DATA_DIR, find_config, read_config
@@ -39,7 +39,7 @@ from penstock.settings_sources import (
     variable_name,
 )
 from penstock.signing import read_secret
-from penstock.upstream.azure import is_classic
+from penstock.upstream import azure
 from penstock.upstream.kinds import KINDS
 
 DEFAULT_PROJECT = "default"
@@ -84,20 +84,6 @@ def _label(value: object) -> object:
     if not isinstance(value, str) or not is_label(value):
         raise ValueError
     return value
-
-
-def _base_url(value: object) -> object:
-    if not isinstance(value, str):
-        raise ValueError
-    try:
-        parts = urlsplit(value)
-        _ = parts.port  # which raises if it is not a number up to 65535
-    except ValueError:
-        raise ValueError from None
-    is_plain = not (parts.query or parts.fragment or re.search(r"\s", value))
-    if parts.scheme not in ("http", "https") or not parts.hostname or not is_plain:
-        raise ValueError
-    return value.rstrip("/")
 
 
 def _kind(value: object) -> object:
@@ -321,7 +307,7 @@ class Upstream(Table):
         "none or lines",
         default="none",
     )
-    base_url: Annotated[str, BeforeValidator(_base_url)] = _setting(
+    base_url: Annotated[str, BeforeValidator(read_base_url)] = _setting(
         "Where its API is, with `/v1` if it has one.",
         "an http or https URL with a host and without a query, "
         "such as http://127.0.0.1:9000/v1",
@@ -371,12 +357,12 @@ class Upstream(Table):
         "a path",
         default=None,
     )
-    batch_url: Annotated[str, BeforeValidator(_base_url)] | None = _setting(
+    batch_url: Annotated[str, BeforeValidator(read_base_url)] | None = _setting(
         "Where the batch API is, if not where its cloud has it for the region.",
         "an http or https URL with a host and without a query",
         default=None,
     )
-    batch_storage_url: Annotated[str, BeforeValidator(_base_url)] | None = _setting(
+    batch_storage_url: Annotated[str, BeforeValidator(read_base_url)] | None = _setting(
         "Where the storage's API is, if not where its cloud has it for the region.",
         "an http or https URL with a host and without a query",
         default=None,
@@ -750,11 +736,8 @@ def _check_kinds(settings: Settings, told: Callable[..., str]) -> None:
                     f"{told('upstreams', index, name)}; it must not be set for the kind "
                     f"{upstream.kind}, which does not read it."
                 )
-        if (
-            upstream.kind == "azure"
-            and upstream.api_version is None
-            and is_classic(upstream.base_url)
-        ):
+        is_classic = upstream.kind == "azure" and azure.is_classic(upstream.base_url)
+        if is_classic and upstream.api_version is None:
             raise InvalidSettings(
                 f"{told('upstreams', index, 'base_url')}; it must end in /v1, or "
                 f"upstreams[{index}].api_version must be set, such as 2024-10-21: without /v1 "

@@ -26,6 +26,11 @@ def is_classic(base_url: str) -> bool:
     return bool(path) and not path.endswith("/v1")  # which one without a path is given
 
 
+def version_query(api_version: str | None) -> str:
+    """What names a version in an address; empty without one."""
+    return f"api-version={quote(api_version, safe='')}" if api_version else ""
+
+
 def locate(endpoint: str, body: bytes) -> str:
     """Where a line is sent on the classic surface, below its `/openai`."""
     path = endpoint.removeprefix("/v1")
