@@ -16,14 +16,18 @@ _TOKEN = re.compile(rb'"([^"\\]*(?:\\.[^"\\]*)*)"\s*(:)?|[{}\[\]]', re.DOTALL)
 _OPENING, _CLOSING = b"{[", b"}]"
 
 
-def rename(lines: Iterable[RequestLine], model: str | None) -> Iterator[RequestLine]:
+def rename(lines: Iterable[RequestLine], model: str | None) -> Iterable[RequestLine]:
     """Lines as they are to be sent.
 
     Args:
         model: What takes the place of the models that they name; None leaves all as they are.
     """
+    return lines if model is None else _renamed(lines, model)
+
+
+def _renamed(lines: Iterable[RequestLine], model: str) -> Iterator[RequestLine]:
     for line in lines:
-        if model is None or line.model == model:
+        if line.model == model:
             yield line
         else:
             body = put_model(line.body, model)
