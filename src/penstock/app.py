@@ -387,7 +387,7 @@ async def _work(
             worker_id=options.worker_id,
             lease_s=options.lease_s,
         ),
-        policy=replace(natives, cancel_grace_s=options.cancel_grace_s),
+        policy=replace(natives, cancel_grace_s=options.cancel_grace_s, lease_s=options.lease_s),
         feed=feeder.poke,
         stop_grace_s=settings.server.shutdown_grace_s,
     )

@@ -2,12 +2,13 @@
 
 A step is a call to the store, to the provider or to the engine, before or after it has done
 its work. The process ends at the nth step, for each n: what was not kept is gone, and new
-parts are put together over the same data directory.
+parts are put together over the same data directory. In a cluster nobody knows that it has
+ended: the other worker looks at what is due, by a clock that the test moves on.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shutil import copytree
@@ -15,10 +16,11 @@ from typing import Any
 
 import pytest
 
+from penstock import clock as shared_clock
 from penstock.blobs.folder import FolderBlobs
 from penstock.blobs.local_segments import LocalSegments
 from penstock.blobs.segments import Kind
-from penstock.errors import UpstreamDown
+from penstock.errors import StorageUnavailable, UpstreamDown
 from penstock.executor.native import NativePolicy, NativeRunner
 from penstock.executor.native_lines import Collector
 from penstock.executor.native_plan import NativePlanner
@@ -30,6 +32,7 @@ from penstock.model import (
     File,
     FileId,
     Job,
+    NativeRun,
     NativeRunStatus,
     Purpose,
     SliceStatus,
@@ -110,6 +113,19 @@ class Provider:
         self.is_deaf = False
         """Whether the answer to a submission is lost."""
         self.looks = 0
+        self.created_at = 0.0
+        """When it took the last job, by the clock that all share."""
+        self.shows_after_s = 0.0
+        """After how long its list shows a job."""
+        self.slow_at = ""
+        """Where a submission is held up until `goes_on`: "upload", "create" or "answer"."""
+        self.is_held_up = asyncio.Event()
+        self.goes_on = asyncio.Event()
+
+    async def hold_up(self, at: str) -> None:
+        if self.slow_at == at:
+            self.is_held_up.set()
+            await self.goes_on.wait()
 
 
 class Adapter:
@@ -117,11 +133,11 @@ class Adapter:
 
     name = "hosted"
     limits = BatchLimits(endpoints=frozenset({CHAT}), max_requests=1000, max_bytes=10**6)
-    find_after_s = 0.0
 
     def __init__(self, provider: Provider, clock: Clockwork) -> None:
         self._provider = provider
         self._clock = clock
+        self.find_after_s = provider.shows_after_s
 
     def encode(self, job: NativeJob, line: NativeLine) -> bytes | Reply:
         if b"refuse-me" in line.body:
@@ -130,6 +146,7 @@ class Adapter:
 
     async def submit(self, job: NativeJob, records: AsyncIterator[bytes], note: Note) -> str:
         self._clock.step("before upload")
+        await self._provider.hold_up("upload")
         lines: list[bytes] = []
         async for record in records:
             lines.append(record)
@@ -139,9 +156,12 @@ class Adapter:
         self._clock.step("after upload")
         await note({"file": "f"})
         self._clock.step("before create")
+        await self._provider.hold_up("create")
         native_id = f"job-{len(self._provider.jobs) + 1}"
         self._provider.jobs[native_id] = (job.key, lines)
+        self._provider.created_at = shared_clock.now()
         self._clock.step("after create")
+        await self._provider.hold_up("answer")
         if self._provider.is_deaf:
             self._provider.is_deaf = False
             raise UpstreamDown("No answer.")
@@ -150,6 +170,8 @@ class Adapter:
     async def find(self, job: NativeJob, details: Details, *, since: float) -> str | None:
         self._clock.step("before find")
         found = [name for name, (key, _) in self._provider.jobs.items() if key == job.key]
+        if shared_clock.now() < self._provider.created_at + self._provider.shows_after_s:
+            found = []
         self._clock.step("after find")
         return found[0] if found else None
 
@@ -210,12 +232,15 @@ class Process:
         *,
         blobs: FolderBlobs | None = None,
         lease_s: float = 30.0,
+        policy: NativePolicy = NOW,
+        stop_grace_s: float = 0.0,
+        store: SqlStore | None = None,
     ) -> None:
         self.store = SqlStore(store_url(data_dir))
         self.segments = LocalSegments(data_dir / "segments")
         self.blobs = blobs or FolderBlobs(data_dir / "blobs")
         self.wound = clock.wind(
-            SqlStore(store_url(data_dir)),
+            store or SqlStore(store_url(data_dir)),
             "keep_native_run",
             "claim_slices",
             "report_slices",
@@ -237,9 +262,9 @@ class Process:
                 worker_id="w",
                 lease_s=lease_s,
             ),
-            policy=NOW,
+            policy=policy,
             feed=lambda: None,
-            stop_grace_s=0.0,
+            stop_grace_s=stop_grace_s,
         )
 
     async def run_to_the_end(self) -> None:
@@ -255,6 +280,39 @@ class Process:
         finally:
             await self.store.close()
             await self.wound.close()
+
+    async def work_in_a_cluster(self) -> None:
+        """What the engine and `upkeep.find_lost_work` do where others may be at work, too:
+        what is due is done, and if nothing is, time goes by."""
+        await self.store.open()
+        try:
+            async with asyncio.timeout(20):
+                while await self.store.list_native_jobs(until=None):
+                    now = shared_clock.now()
+                    await self.store.release_slices(now=now)
+                    for job in await self.store.list_native_jobs(until=now):
+                        await self.runner.advance(job.id, asyncio.Event())
+                    pass_time(1.0)
+        finally:
+            await self.store.close()
+            await self.wound.close()
+
+    async def get_run(self) -> NativeRun:
+        await self.store.open()
+        [run] = await self.store.list_native_runs(BATCH)
+        return run
+
+
+def pass_time(s: float) -> None:
+    """Move the clock on that all share."""
+    at = time.monotonic()
+    shared_clock.follow(shared_clock.now() + s, asked_at=at, heard_at=at)
+
+
+@pytest.fixture(autouse=True)
+def own_clock() -> Iterator[None]:
+    yield
+    shared_clock.follow_machine()
 
 
 async def add_batch(data_dir: Path, *custom_ids: str) -> None:
@@ -468,3 +526,208 @@ async def test_a_wish_to_cancel_survives_and_what_was_run_is_kept(tmp_path: Path
         found, _ = await results_of(data_dir)
         assert {n for n, kind in found.items() if kind is Kind.OUTPUT} == {1, 2, 3}
     assert ends_at > 20
+
+
+# In a cluster
+
+SHOWS_AFTER_S = 60.0
+LEASE_S = 30.0
+CALL_S = 60.0
+IN_CLUSTER = replace(
+    NOW,
+    submit_patience_s=1800.0,
+    lease_s=LEASE_S,
+    call_s=CALL_S,
+    first_wait_s=1.0,
+    max_wait_s=1.0,
+)
+
+
+def slow_provider() -> Provider:
+    provider = Provider()
+    provider.shows_after_s = SHOWS_AFTER_S
+    return provider
+
+
+async def find_run(data_dir: Path) -> NativeRun:
+    process = Process(data_dir, Provider(), Clockwork())
+    run = await process.get_run()
+    await process.store.close()
+    await process.wound.close()
+    return run
+
+
+async def take_over(data_dir: Path, provider: Provider) -> float:
+    """Let another worker do what is left.
+
+    Returns:
+        How long that took, in seconds, by the clock that all share.
+    """
+    begun_at = shared_clock.now()
+    await Process(data_dir, provider, Clockwork(), policy=IN_CLUSTER).work_in_a_cluster()
+    return shared_clock.now() - begun_at
+
+
+@pytest.mark.parametrize("is_deaf", [False, True], ids=["answers", "is deaf"])
+async def test_another_worker_takes_over_soon_and_pays_nothing_again(
+    tmp_path: Path, is_deaf: bool
+) -> None:
+    await add_batch(tmp_path / "new", *NAMES)
+    delays: dict[str, float] = {}
+    was_over, ends_at = False, 0
+    while not was_over:
+        ends_at += 1
+        data_dir, provider = tmp_path / f"at-{ends_at}", slow_provider()
+        provider.is_deaf = is_deaf
+        copytree(tmp_path / "new", data_dir)
+        clock = Clockwork(ends_at)
+        try:
+            await Process(data_dir, provider, clock, policy=IN_CLUSTER).work_in_a_cluster()
+            was_over = True
+        except Died:
+            was_submitting = (await find_run(data_dir)).status is NativeRunStatus.SUBMITTING
+            provider.is_deaf = False
+            took_s = await take_over(data_dir, provider)
+            if was_submitting:
+                [name] = clock.trace
+                delays[name] = max(took_s, delays.get(name, 0))
+
+        assert len(provider.jobs) == 1, clock.trace
+        [(_, records)] = provider.jobs.values()
+        assert len(records) == LINES - 1
+        found, have_ended = await results_of(data_dir)
+        assert have_ended, clock.trace
+        assert len(found) == LINES
+    assert {"before upload", "before create", "after create"} <= delays.keys()
+    looked_after_s = LEASE_S + CALL_S + SHOWS_AFTER_S
+    assert SHOWS_AFTER_S < delays["after create"] <= looked_after_s + 10
+    assert max(delays.values()) <= looked_after_s + 10
+
+
+async def test_a_submission_that_goes_on_is_not_taken_for_a_dead_one(tmp_path: Path) -> None:
+    await add_batch(tmp_path, *NAMES)
+    provider = slow_provider()
+    provider.slow_at = "answer"
+    policy = replace(IN_CLUSTER, lease_s=0.3)
+    worker = Process(tmp_path, provider, Clockwork(), policy=policy)
+    due: set[float] = set()
+
+    run = await worker.get_run()
+    working = asyncio.create_task(worker.runner.advance(run.id, asyncio.Event()))
+    await provider.is_held_up.wait()
+    async with asyncio.timeout(20):
+        while len(due) < 5:  # for longer than a lease
+            run = await find_run(tmp_path)
+            assert run.status is NativeRunStatus.SUBMITTING
+            due.add(run.due_at or 0)
+            await asyncio.sleep(0.02)
+    provider.goes_on.set()
+    await working
+
+    assert (await find_run(tmp_path)).status is NativeRunStatus.ENDED
+    assert len(provider.jobs) == 1
+    await worker.store.close()
+    await worker.wound.close()
+
+
+class StoreAway(SqlStore):
+    """A database that takes no native runs while it is away."""
+
+    is_away = False
+
+    async def keep_native_run(self, run: NativeRun, *, now: float) -> NativeRun | None:
+        if self.is_away:
+            raise StorageUnavailable("The database is away.")
+        return await super().keep_native_run(run, now=now)
+
+
+async def test_who_cannot_extend_its_hold_ends_its_submission_before_others_look(
+    tmp_path: Path,
+) -> None:
+    await add_batch(tmp_path, *NAMES)
+    provider = slow_provider()
+    provider.slow_at = "create"
+    policy = replace(IN_CLUSTER, lease_s=0.3)
+    store = StoreAway(store_url(tmp_path))
+    cut_off = Process(tmp_path, provider, Clockwork(), policy=policy, store=store)
+    run = await cut_off.get_run()
+    working = asyncio.create_task(cut_off.runner.advance(run.id, asyncio.Event()))
+    await provider.is_held_up.wait()
+
+    store.is_away = True
+    await asyncio.sleep(2 * policy.lease_s)
+    provider.slow_at = ""
+    provider.goes_on.set()
+    await asyncio.sleep(0.1)
+    assert provider.jobs == {}
+    await take_over(tmp_path, provider)
+    store.is_away = False
+    await working
+
+    assert len(provider.jobs) == 1
+    assert (await find_run(tmp_path)).status is NativeRunStatus.ENDED
+    await cut_off.store.close()
+    await cut_off.wound.close()
+
+
+async def stop_during(
+    data_dir: Path, provider: Provider, at: str, *, goes_on: bool = False
+) -> NativeRun:
+    """Tell a worker to stop while it submits.
+
+    Args:
+        goes_on: Whether the submission ends within the grace of the stop.
+
+    Returns:
+        The run as it leaves it.
+    """
+    provider.slow_at = at
+    grace_s = 20.0 if goes_on else 0.0
+    stopped = Process(data_dir, provider, Clockwork(), policy=IN_CLUSTER, stop_grace_s=grace_s)
+    run = await stopped.get_run()
+    working = asyncio.create_task(stopped.runner.advance(run.id, asyncio.Event()))
+    await provider.is_held_up.wait()
+    stopped.runner.stop()
+    if goes_on:
+        provider.goes_on.set()
+    await working
+    provider.slow_at = ""
+    await stopped.store.close()
+    await stopped.wound.close()
+    return await find_run(data_dir)
+
+
+async def test_a_worker_that_is_told_to_stop_waits_for_the_answer_to_its_submission(
+    tmp_path: Path,
+) -> None:
+    await add_batch(tmp_path, *NAMES)
+    provider = slow_provider()
+
+    run = await stop_during(tmp_path, provider, "answer", goes_on=True)
+
+    assert (run.status, run.native_id) == (NativeRunStatus.SUBMITTED, "job-1")
+    assert await take_over(tmp_path, provider) < 10
+
+
+async def test_a_submission_that_outlasts_the_grace_of_a_stop_is_handed_over(
+    tmp_path: Path,
+) -> None:
+    await add_batch(tmp_path, *NAMES)
+    provider = slow_provider()
+
+    run = await stop_during(tmp_path, provider, "answer")
+
+    assert (run.status, run.attempts) == (NativeRunStatus.SUBMITTING, 0)
+    assert SHOWS_AFTER_S < await take_over(tmp_path, provider) < SHOWS_AFTER_S + 10
+    assert len(provider.jobs) == 1
+
+
+async def test_an_upload_that_a_stop_cuts_off_is_begun_anew_at_once(tmp_path: Path) -> None:
+    await add_batch(tmp_path, *NAMES)
+    provider = slow_provider()
+
+    run = await stop_during(tmp_path, provider, "upload")
+
+    assert (run.status, run.attempts) == (NativeRunStatus.WAITING, 0)
+    assert await take_over(tmp_path, provider) < 10
+    assert len(provider.jobs) == 1

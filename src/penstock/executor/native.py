@@ -7,10 +7,13 @@
 A step reads the run from the store, does one thing, and keeps what came of it before the next
 begins. Before the provider is asked to take a job, the run is kept as `submitting`: whoever
 finds it so later, after a crash or a time-out, asks the provider for the job by its key, and
-submits it only if there is none. So no job is paid twice, wherever the process dies.
+submits it only if there is none. So no job is paid twice, wherever the process dies. Who
+submits holds the run by a lease and gives up when it cannot extend it: then it is either still
+at work, or nothing of it is on its way any more when others look.
 """
 
 import asyncio
+import contextlib
 import random
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -74,6 +77,8 @@ _HEAVY = (NativeRunStatus.WAITING, NativeRunStatus.COLLECTING)
 _DOUBLINGS = 64
 """More of them than any wait needs, and few enough for a float."""
 _CLEAN_UP_S = 60.0
+_HAND_OVER_S = 2.0
+"""How long it may take to write down, after the grace of a stop, what was not ended in it."""
 _REFUSED = "refused"
 """The outcome of a job that the provider never took, or does not know any more."""
 _BY_LINE = "by_line"
@@ -93,6 +98,10 @@ class NativePolicy:
     max_wait_s: float = 600.0
     submit_patience_s: float = 1800.0
     """How long a submission may take, upload and all."""
+    lease_s: float = 30.0
+    """How long who submits a job is taken to live without a sign of life."""
+    call_s: float = 60.0
+    """How long a call may be on its way whose caller is gone: no less than its time-out."""
     cancel_grace_s: float = 600.0
     """How long a provider may take to cancel a job of a batch that is to end."""
 
@@ -111,6 +120,103 @@ class NativePolicy:
 
 class _Lost(Exception):
     """The run was written by somebody else meanwhile."""
+
+
+class _Submission:
+    """A run that is held while its job is submitted.
+
+    Others look for the job when the lease has ended and what its holder had sent must have
+    arrived, or never will. The lease is extended as long as the holder lives and the database
+    takes it; who cannot extend it gives the submission up before it ends.
+
+    Args:
+        run: As it is to be kept while it is submitted, but for `due_at`.
+        keep: Keeps a run, or raises `_Lost`.
+        lease_s: How long the holder is taken to live without a sign of life.
+        wait_s: How long to wait after that before the provider is asked.
+        patience_s: How long the submission may take.
+    """
+
+    def __init__(
+        self,
+        run: NativeRun,
+        keep: Callable[[NativeRun], Awaitable[NativeRun]],
+        *,
+        lease_s: float,
+        wait_s: float,
+        patience_s: float,
+    ) -> None:
+        self.run = run
+        self._keep = keep
+        self._lease_s = lease_s
+        self._wait_s = wait_s
+        self._writing = asyncio.Lock()
+        self._ends_at = asyncio.get_running_loop().time() + patience_s
+        self._held_until = self._ends_at
+        self._limit: asyncio.Timeout | None = None
+
+    async def hold(self) -> None:
+        """Take the lease, or extend it.
+
+        Raises:
+            _Lost: Somebody else has written the run.
+        """
+        asked_at = asyncio.get_running_loop().time()
+        # Of now, also where the database takes it only after a while.
+        await self._write(due_at=clock.now() + self._lease_s + self._wait_s)
+        self._held_until = asked_at + self._lease_s
+        self._reschedule()
+
+    async def note(self, details: Details) -> None:
+        """Keep what the adapter wants to be reminded of.
+
+        Raises:
+            _Lost: Somebody else has written the run.
+        """
+        await self._write(details=dict(details))
+
+    def end_by(self, at: float) -> None:
+        """Let it take no longer than to a time of the event loop."""
+        self._ends_at = min(self._ends_at, at)
+        self._reschedule()
+
+    @contextlib.asynccontextmanager
+    async def limited(self) -> AsyncGenerator[None]:
+        """Cancel what takes too long, or goes on when the lease has ended.
+
+        Raises:
+            TimeoutError: It was cancelled.
+        """
+        extending = asyncio.create_task(self._extend())
+        try:
+            async with asyncio.timeout(None) as self._limit:
+                self._reschedule()
+                yield
+        finally:
+            self._limit = None
+            try:
+                async with self._writing:  # a write that is cut off may be done all the same
+                    extending.cancel()
+            finally:
+                extending.cancel()
+
+    async def _extend(self) -> None:
+        while True:
+            await asyncio.sleep(self._lease_s / 3)
+            try:
+                await self.hold()
+            except _Lost:
+                self.end_by(0.0)
+                return
+
+    async def _write(self, **changes: object) -> None:
+        async with self._writing:
+            changed = replace(self.run, **changes)  # pyright: ignore[reportArgumentType]
+            self.run = await self._keep(changed)
+
+    def _reschedule(self) -> None:
+        if self._limit is not None and not self._limit.expired():
+            self._limit.reschedule(min(self._ends_at, self._held_until))
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +294,7 @@ class NativeRunner:
             lambda: asyncio.Semaphore(_AT_ONCE)
         )
         self._deadlines: set[asyncio.Timeout] = set()
+        self._submissions: set[_Submission] = set()
         self._steps: Mapping[
             NativeRunStatus, Callable[[NativeRun, _Scene], Awaitable[NativeRun]]
         ] = {
@@ -213,11 +320,14 @@ class NativeRunner:
             pass  # the process ends; the next one goes on
 
     def stop(self) -> None:
-        """Begin no step any more; those that were begun may end."""
+        """Begin no step any more; those that were begun may end. A submission that does not
+        end in time is handed over."""
         self._is_stopping = True
         over_at = asyncio.get_running_loop().time() + self._stop_grace_s
+        for submission in self._submissions:
+            submission.end_by(over_at)
         for deadline in self._deadlines:
-            deadline.reschedule(over_at)
+            deadline.reschedule(over_at + _HAND_OVER_S)
 
     async def _advance(self, run_id: NativeRunId) -> None:
         while not self._is_stopping:
@@ -271,7 +381,7 @@ class NativeRunner:
         now = clock.now()
         if scene.is_to_stop(run, now):
             return await self._settle(run, NativeState.CANCELLED)
-        upstream, patience_s = scene.upstream, self._policy.submit_patience_s
+        upstream = scene.upstream
         records = Records(
             blobs=self._blobs,
             batch=scene.batch,
@@ -285,31 +395,43 @@ class NativeRunner:
             return await self._split(run)
         if records.count < limits.min_requests:
             return await self._settle(run, _BY_LINE)
-        run = await self._keep(
-            run,
-            status=NativeRunStatus.SUBMITTING,
-            begun_at=run.begun_at or now,
-            due_at=now + patience_s + upstream.find_after_s,
-        )
+        if self._is_stopping:
+            return run
+        return await self._hand_in(run, scene, records)
+
+    async def _hand_in(self, run: NativeRun, scene: _Scene, records: Records) -> NativeRun:
+        """Submit a job, of which all is known, and hold its run meanwhile."""
+        upstream = scene.upstream
         job = msgspec.structs.replace(
             scene.job(run), requests=records.count, bytes=records.bytes
         )
-
-        async def note(details: Details) -> None:
-            nonlocal run
-            run = await self._keep(run, details=dict(details))
-
+        submission = _Submission(
+            replace(
+                run, status=NativeRunStatus.SUBMITTING, begun_at=run.begun_at or clock.now()
+            ),
+            self._keep,
+            lease_s=self._policy.lease_s,
+            wait_s=self._policy.call_s + upstream.find_after_s,
+            patience_s=self._policy.submit_patience_s,
+        )
+        self._submissions.add(submission)
         try:
-            async with asyncio.timeout(patience_s):
-                native_id = await upstream.submit(job, records.read(), note)
+            await submission.hold()
+            async with submission.limited():
+                native_id = await upstream.submit(job, records.read(), submission.note)
         except _Lost:
             raise
         except JobRefused as error:
             if error.is_too_large:
-                return await self._split(run)
-            return await self._settle(run, _REFUSED, str(error))
+                return await self._split(submission.run)
+            return await self._settle(submission.run, _REFUSED, str(error))
         except Exception as error:
-            return await self._not_submitted(run, scene, error, is_whole=records.is_whole)
+            return await self._not_submitted(
+                submission.run, scene, error, is_whole=records.is_whole
+            )
+        finally:
+            self._submissions.discard(submission)
+        run = submission.run
         _log.info(
             "A provider has taken a batch.",
             batch_id=run.batch_id,
@@ -330,7 +452,8 @@ class NativeRunner:
         if not isinstance(error, (PenstockError, OSError, TimeoutError)):
             _log.error("An upstream adapter failed.", upstream=run.upstream, exc_info=error)
         is_known = isinstance(error, JobNotTaken) or not is_whole
-        wait_s = self._wait_s(run, error)
+        is_handed_over = self._is_stopping and isinstance(error, TimeoutError)
+        wait_s = 0.0 if is_handed_over else self._wait_s(run, error)
         if is_known:
             status = NativeRunStatus.WAITING
         else:
@@ -342,10 +465,11 @@ class NativeRunner:
             else "Whether a provider has taken a batch is to be found out.",
             batch_id=run.batch_id,
             upstream=run.upstream,
-            error=str(error),
+            error=str(error) or "It was not done in time.",
         )
+        attempts = run.attempts if is_handed_over else run.attempts + 1
         return await self._keep(
-            run, status=status, attempts=run.attempts + 1, due_at=clock.now() + wait_s
+            run, status=status, attempts=attempts, due_at=clock.now() + wait_s
         )
 
     async def _find(self, run: NativeRun, scene: _Scene) -> NativeRun:
