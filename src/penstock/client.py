@@ -300,6 +300,22 @@ class Client:
             part.unlink(missing_ok=True)
         return total
 
+    def read_lines(self, file_id: str, *, most_bytes: int) -> tuple[list[bytes], bool]:
+        """The lines of the first bytes of a file, and whether these are all it has."""
+        url = f"{self.url}/v1/files/{_checked(file_id, 'File')}/content"
+        # A server may send the whole file all the same.
+        request = self._http.get(url).header("Range", f"bytes=0-{most_bytes}")
+        with self._talk(), request.build_streamed() as response:
+            self._check(response)
+            pieces: list[bytes] = []
+            size = 0
+            while size <= most_bytes and (piece := response.body_reader.read(_PIECE_BYTES)):
+                pieces.append(piece.to_bytes())
+                size += len(piece)
+        *lines, rest = b"".join(pieces).split(b"\n")
+        is_whole = size <= most_bytes
+        return ([*lines, rest] if is_whole and rest else lines), is_whole
+
     def delete_file(self, file_id: str) -> None:
         """Delete a file."""
         request = self._http.delete(f"{self.url}/v1/files/{_checked(file_id, 'File')}")

@@ -5,16 +5,18 @@ ended. Text from outside is cleaned of control characters before it reaches the 
 """
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from itertools import pairwise
 from math import ceil
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
@@ -37,6 +39,11 @@ _LINE_EVERY_S = 10.0
 _PATIENCE_S = 300.0
 """How long a server that answered once may be away while it is watched."""
 _SHOWN_FAULTS = 10
+_SHOWN_REASONS = 3
+_REASON_CHARACTERS = 600
+"""How much is shown of a reason: all that we say of a provider's batch."""
+_MOST_REASONS = 10_000
+"""With more, each line has its own, and none says much."""
 
 
 class Tally(Protocol):
@@ -111,6 +118,43 @@ def summary(batch: BatchObject) -> str:
         f"Batch {batch.id} {batch.status}{took}: {counts.completed:,} of {counts.total:,} "
         f"lines succeeded, {counts.failed:,} failed."
     )
+
+
+class _Line(msgspec.Struct):
+    """A line of an error file."""
+
+    response: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+
+
+def failure_reasons(lines: Iterable[bytes]) -> list[str]:
+    """Why lines failed, each reason once and with how many lines have it: the most frequent
+    ones of an error file, in its words.
+
+    Args:
+        lines: Those of the error file. What is none is left aside.
+    """
+    seen: Counter[str] = Counter()
+    for text in lines:
+        with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            seen[_reason(msgspec.json.decode(text, type=_Line))] += 1
+        if len(seen) > _MOST_REASONS:
+            return []
+    shown = [f"{count:,} × {reason}" for reason, count in seen.most_common(_SHOWN_REASONS)]
+    more = len(seen) - len(shown)
+    return [*shown, f"and {more:,} other reasons"] if more else shown
+
+
+def _reason(line: _Line) -> str:
+    error: Any = line.error
+    code = error.get("code") if error else "unknown"
+    if line.response is not None:
+        code = f"HTTP {line.response.get('status_code')}"
+        body = line.response.get("body")
+        error = body.get("error", body) if isinstance(body, dict) else body  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    message: Any = error.get("message") if isinstance(error, dict) else error  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    told = clean(f"{code}: {message}")
+    return told if len(told) <= _REASON_CHARACTERS else f"{told[:_REASON_CHARACTERS]}…"
 
 
 # Watching
@@ -345,8 +389,10 @@ def batch_view(
     now: float,
     upstreams: Sequence[UpstreamState] = (),
     costs: Sequence[CostObject] = (),
+    reasons: Sequence[str] = (),
 ) -> Table:
-    """All that is worth knowing of one batch, and of where its lines go while it runs."""
+    """All that is worth knowing of one batch, of where its lines go while it runs, and why
+    lines failed."""
     view = Table.grid(padding=(0, 2))
     view.add_column(no_wrap=True, style="bold")
     view.add_column(overflow="fold")
@@ -380,6 +426,8 @@ def batch_view(
     row("Metadata", ", ".join(f"{name}={value}" for name, value in metadata.items()))
     for label, text in _faults(batch):
         row(label, text)
+    for index, reason in enumerate(reasons):
+        row("Why lines failed" if index == 0 else "", reason)
     for state in upstreams:
         row(f"Upstream {clean(state.name)}", _upstream(state))
     return view

@@ -182,7 +182,9 @@ class _Handler(BaseHTTPRequestHandler):
             del self.stub.files[file_id]
             self._send(200, {"id": file_id, "object": "file", "deleted": True})
         else:
-            self.send_response(200)
+            last = re.fullmatch(r"bytes=0-(\d+)", self.headers.get("Range") or "")
+            content = content[: int(last[1]) + 1] if last else content
+            self.send_response(206 if last else 200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             if file_id in self.stub.broken_files:

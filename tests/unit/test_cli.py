@@ -348,6 +348,40 @@ penstock_upstream_limited{upstream="gpu",reason="engine_queue"} 1.0
     )
 
 
+def error_lines(count: int, message: str) -> bytes:
+    error = {"code": "upstream_batch_failed", "message": message}
+    line = {"id": "b", "custom_id": "c", "response": None, "error": error}
+    return f"{json.dumps(line)}\n".encode() * count
+
+
+@pytest.mark.parametrize("command", ["status", "watch"])
+def test_why_lines_failed_is_told_once(command: str, stub: Stub) -> None:
+    stub.batches = [a_batch(**ended(0, 200, error_file_id="file-err"))]
+    stub.files["file-err"] = error_lines(200, "The key is wrong.")
+
+    shown = " ".join(run(command, stub.batches[0]["id"]).stdout.split())
+
+    assert "200 × upstream_batch_failed: The key is wrong." in shown
+    assert shown.count("wrong") == 1
+
+
+def test_of_a_large_error_file_the_beginning_is_read(stub: Stub) -> None:
+    stub.batches = [a_batch(**ended(0, 200, error_file_id="file-err"))]
+    stub.files["file-err"] = error_lines(5, "x" * (1 << 20)) + error_lines(1, "Last.")
+
+    shown = " ".join(run("status", stub.batches[0]["id"]).stdout.split())
+
+    assert "3 × upstream_batch_failed: xxx" in shown
+    assert "in the first 3 lines of the error file" in shown
+    assert "Last." not in shown
+
+
+def test_a_batch_is_shown_whose_error_file_was_deleted(stub: Stub) -> None:
+    stub.batches = [a_batch(**ended(0, 200, error_file_id="file-gone"))]
+
+    assert "200 failed" in run("status", stub.batches[0]["id"]).stdout
+
+
 @pytest.mark.parametrize("command", ["status", "watch", "download", "cancel"])
 def test_a_batch_that_is_not_there_is_told(command: str, stub: Stub) -> None:
     assert refusal(command, "batch_x") == "No batch found with id 'batch_x'."

@@ -16,6 +16,7 @@ from penstock.terminal import (
     batches_table,
     clean,
     dollars,
+    failure_reasons,
     span,
     summary,
     tokens,
@@ -308,3 +309,49 @@ def test_lines_that_no_provider_batched_are_priced_beside_those_or_where_that_is
     assert not told(unknown)
     assert told(known)
     assert told(cost(), unknown)
+
+
+# Why lines failed
+
+
+def no_answer(code: str, message: str) -> bytes:
+    return msgspec.json.encode({"response": None, "error": {"code": code, "message": message}})
+
+
+def answer(status: int, body: object) -> bytes:
+    response = {"status_code": status, "request_id": "r", "body": body}
+    return msgspec.json.encode({"response": response, "error": None})
+
+
+def test_each_reason_is_told_once_in_the_words_of_the_error_file() -> None:
+    lines = [no_answer("upstream_batch_failed", "It said no.")] * 3
+    lines += [answer(400, {"error": {"message": "Too long."}})] * 2
+    lines += [answer(429, {"detail": "Slow."}), b"cut off", b"[]"]
+
+    assert failure_reasons(lines) == [
+        "3 × upstream_batch_failed: It said no.",
+        "2 × HTTP 400: Too long.",
+        "1 × HTTP 429: None",
+    ]
+
+
+def test_of_many_reasons_the_most_frequent_are_told() -> None:
+    lines = [no_answer("c", str(n)) for n in range(5) for _ in range(10 - n)]
+
+    assert failure_reasons(lines) == [
+        "10 × c: 0",
+        "9 × c: 1",
+        "8 × c: 2",
+        "and 2 other reasons",
+    ]
+
+
+def test_a_reason_is_cut_and_steers_no_terminal() -> None:
+    [reason] = failure_reasons([no_answer("c", "\x1b[2J" + "long " * 1000)])
+
+    assert "\x1b" not in reason
+    assert len(reason) < 700
+
+
+def test_no_reason_is_told_where_each_line_has_its_own() -> None:
+    assert failure_reasons(no_answer("c", str(n)) for n in range(10_001)) == []

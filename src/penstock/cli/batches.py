@@ -30,6 +30,9 @@ from penstock.model import ENDPOINTS, BatchStatus, find_endpoint, parse_window
 if TYPE_CHECKING:
     from penstock.client import BatchObject, Client
 
+_LOOKED_AT_BYTES = 4 << 20
+"""How much of an error file is read to tell why lines failed."""
+
 
 @contextmanager
 def _open_client(data_dir: Path | None) -> Generator["Client"]:
@@ -149,11 +152,32 @@ def status(batch_id: BatchArgument, data_dir: DataDir = None, as_json: AsJson = 
         is_running = batch.status == BatchStatus.IN_PROGRESS
         upstreams = client.list_upstreams() if is_running and not as_json else []
         costs = client.get_costs(batch.id)
+        reasons = [] if as_json else _why_failed(client, batch)
     if as_json:
         print_json(batch.document | ({"costs": costs.document} if costs else {}))
     else:
         items = costs.data if costs else ()
-        print_view(batch_view(batch, now=time.time(), upstreams=upstreams, costs=items))
+        print_view(
+            batch_view(
+                batch, now=time.time(), upstreams=upstreams, costs=items, reasons=reasons
+            )
+        )
+
+
+def _why_failed(client: "Client", batch: "BatchObject") -> list[str]:
+    """Why lines failed, as far as the beginning of the error file says."""
+    from penstock.terminal import failure_reasons
+
+    if not batch.error_file_id:
+        return []
+    try:
+        lines, is_whole = client.read_lines(batch.error_file_id, most_bytes=_LOOKED_AT_BYTES)
+    except PenstockError:  # it was deleted, for example
+        return []
+    reasons = failure_reasons(lines)
+    if reasons and not is_whole:
+        reasons.append(f"in the first {len(lines):,} lines of the error file")
+    return reasons
 
 
 def watch(batch_id: BatchArgument, data_dir: DataDir = None, as_json: AsJson = False) -> None:
@@ -179,6 +203,8 @@ def _watch(client: "Client", batch_id: str, *, as_json: bool) -> None:
         print_json(batch.document)
     else:
         typer.echo(terminal.summary(batch))
+        for reason in _why_failed(client, batch):
+            typer.echo(f"  {reason}")
         if batch.output_file_id or batch.error_file_id:
             typer.echo(f"Fetch its results with: penstock download {batch.id}")
     if not terminal.succeeded(batch):

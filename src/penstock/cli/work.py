@@ -241,7 +241,7 @@ class _Progress:
 def _tell_end(
     batch: "Batch", output: Path, errors: Path, taken_s: float, *, as_json: bool
 ) -> None:
-    from penstock.terminal import span
+    from penstock.terminal import failure_reasons, span
 
     counts = batch.counts
     files = {
@@ -266,36 +266,9 @@ def _tell_end(
         typer.echo(f"Results: {output}")
     if files["errors"]:
         typer.echo(f"{counts.total - counts.completed:,} failed: {errors}")
-        for reason, count in _reasons(errors):
-            typer.echo(f"  {count:,} × {reason}")
-
-
-def _reasons(errors: Path) -> list[tuple[str, int]]:
-    """Why lines failed: the most frequent reasons of an error file."""
-    import json
-    from collections import Counter
-
-    from penstock.terminal import clean
-
-    seen: Counter[str] = Counter()
-    with errors.open(encoding="utf-8") as file:
-        for text in file:
-            line: dict[str, Any] = json.loads(text)
-            answer: dict[str, Any] | None = line["response"]
-            if answer is None:
-                error: Any = line["error"]
-                code = str(error["code"])
-            else:
-                error = answer["body"].get("error")
-                code = f"HTTP {answer['status_code']}"
-            message = error.get("message") if isinstance(error, dict) else error  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-            seen[clean(f"{code}: {message}"[:200])] += 1
-            if len(seen) > _MOST_REASONS:
-                return []  # each line has its own; none says much
-    return seen.most_common(3)
-
-
-_MOST_REASONS = 10_000
+        with errors.open("rb") as file:
+            for reason in failure_reasons(file):
+                typer.echo(f"  {reason}")
 
 
 def demo(
