@@ -208,7 +208,8 @@ class Service:
         if found is None:
             raise Unauthorized(
                 f"Incorrect API key provided: {key_hint(key)}. "
-                "The keys of this server are listed by `penstock keys list`.",
+                "`penstock keys list` lists the keys of the Penstock that answered this, where "
+                "that one runs.",
                 code="invalid_api_key",
             )
         return found

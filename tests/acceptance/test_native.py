@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -166,6 +167,64 @@ async def test_a_second_penstock_runs_the_batches_of_a_first_one(tmp_path: Path)
     assert [each["custom_id"] for each in results] == NAMES
     answers = [each["response"]["body"]["choices"][0]["message"]["content"] for each in results]
     assert answers == [f"by line: {name}" for name in NAMES]
+
+
+async def test_a_wrong_key_at_a_second_penstock_is_told_once_and_as_that_ones(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "in.jsonl").write_bytes(b"".join(line(name) for name in NAMES))
+    async with (
+        served(
+            tmp_path / "second",
+            base_url="http://127.0.0.1:9/v1",
+            upstream_key="sk-none",
+            kind="openai",
+            mode="lines",
+        ) as second,
+        served(
+            tmp_path / "first",
+            base_url=str(second.base_url),
+            upstream_key="sk-wrong-0123456789",
+            kind="penstock",
+            mode="native",
+        ) as first,
+    ):
+        config = tmp_path / "first" / "penstock.toml"
+        environment = {
+            "PENSTOCK_URL": str(first.base_url).removesuffix("/v1/"),
+            "PENSTOCK_API_KEY": first.api_key,
+        }
+        by_server = await tell(
+            "submit", str(tmp_path / "in.jsonl"), "--wait", environment=environment
+        )
+        [batch] = [each async for each in first.batches.list()]
+        by_status = await tell("status", batch.id, environment=environment)
+        by_run = await tell(
+            *("run", str(tmp_path / "in.jsonl"), "--config", str(config)),
+            environment={},
+        )
+    for shown in (by_server, by_status, by_run):
+        assert shown.count("HTTP 401") == 1
+        assert (
+            f"{len(NAMES)} × upstream_batch_failed: The batch at the provider failed: The "
+            "other Penstock at upstream first did not take a file of requests (HTTP 401): "
+            "Incorrect API key provided: sk-"
+        ) in shown
+        assert "of the Penstock that answered this, where that one runs." in shown
+
+
+async def tell(*arguments: str, environment: dict[str, str]) -> str:
+    """What a command prints, on one line."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "penstock", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, **environment, "COLUMNS": "200"},
+    )
+    async with asyncio.timeout(PATIENCE_S):
+        output, _ = await process.communicate()
+    return " ".join(output.decode().split())
 
 
 async def test_a_client_chooses_an_upstream_where_its_project_may(tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ class Dialect:
     is_azure: bool = False
     """Whether a client's header may name a version of the API, and `base_url` may be without
     `/v1`: then endpoints are named without it, too."""
+    title: str = "The upstream"
+    """What it is, before its name: whose words an error quotes."""
     find_after_s: float = 60.0
     """After how long the list shows a batch whose creation brought no answer."""
 
@@ -128,6 +130,7 @@ DIALECTS: dict[str, Dialect] = {
         ),
         upload_fields=_PURPOSE,
         window=_seconds,
+        title="The other Penstock at upstream",
     ),
     "azure": Dialect(
         limits=BatchLimits(
@@ -201,7 +204,7 @@ class OpenAIBatchUpstream:
         else:
             headers = {dialect.key_header: api_key}
         self._http = ProviderHttp(
-            name=f"The upstream {name}",
+            name=f"{dialect.title} {name}",
             base_url=base_url,
             headers=headers,
             secrets=(api_key or "",),
@@ -379,8 +382,8 @@ class OpenAIBatchUpstream:
             return msgspec.json.decode(answer.body, type=type_)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise UpstreamDown(
-                f"The upstream {self.name} answered with something else than was asked for: "
-                f"{self._http.quote(answer)}"
+                f"{self._dialect.title} {self.name} answered with something else than was "
+                f"asked for: {self._http.quote(answer)}"
             ) from error
 
 
