@@ -416,7 +416,7 @@ FAULTS = [
     Fault(
         "feeder: workers reach for what others have taken",
         "executor/feeder.py",
-        "self._next.pop(handed[0].batch_id, None)",
+        "self._next.pop(handed.batch_id, None)",
         "pass",
         FEEDER,
         "faster",
@@ -1284,6 +1284,20 @@ FAULTS = [
         "        if True:\n            return",
         NATIVE_CRASH,
         "paid_once or pays_once",
+    ),
+    Fault(
+        "slices of a batch whose input is gone are handed out all the same",
+        "executor/absent.py",
+        "return absence is None or now >= absence.try_at",
+        "return True",
+        "tests/unit/test_absent.py",
+    ),
+    Fault(
+        "a batch whose input is gone takes the room of others",
+        "executor/feeder.py",
+        "            if self._absences.may_try(batch_id, now)\n",
+        "",
+        "tests/integration/test_lost_input.py",
     ),
     Fault(
         "a native run that may fall back goes on to the end of the window",

@@ -362,6 +362,7 @@ async def _work(
         options=options,
         wants_more=feeder.has_room,
         took=feeder.hold,
+        lacks=feeder.lacks,
         pace=members.pace,
     )
     feeder.serve(worker)

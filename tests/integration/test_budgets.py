@@ -170,6 +170,7 @@ async def working(
         ),
         wants_more=feeder.has_room,
         took=feeder.hold,
+        lacks=feeder.lacks,
     )
     feeder.serve(worker)
     engine.handle(JobKind.SLICE, worker.run_slice)

@@ -18,6 +18,7 @@ import structlog
 from penstock import clock
 from penstock.engine.base import Engine
 from penstock.errors import StorageUnavailable
+from penstock.executor.absent import Absences
 from penstock.executor.members import Pace, alone
 from penstock.model import BatchId, Job, JobKind, ProjectId, Slice, SliceId
 from penstock.store.base import Backlog, Store
@@ -116,6 +117,7 @@ class Feeder:
         self._aside: dict[BatchId, set[SliceId]] = {}
         self._handed: dict[SliceId, tuple[Slice, Backlog]] = {}
         self._strides: dict[ProjectId, float] = {}
+        self._absences = Absences()
 
     def serve(self, lanes: Lanes) -> None:
         """Say who runs the slices. Once, before `run`."""
@@ -133,11 +135,32 @@ class Feeder:
     def hold(self, name: str, is_taken: bool = True) -> None:
         """Say that the worker has taken a slice in, or did not get it: it is no longer only
         expected."""
-        if (handed := self._handed.pop(SliceId(name), None)) and self._lanes:
-            if not is_taken:  # another was faster, and will have taken more of those
-                self._next.pop(handed[0].batch_id, None)
-            self._lanes.expect(*handed, sign=-1)
-            self._wake.set()
+        handed = self._let_go(SliceId(name))
+        if handed is None:
+            return
+        if not is_taken:  # another was faster, and will have taken more of those
+            self._next.pop(handed.batch_id, None)
+        elif self._absences.end(handed.batch_id, handed.id):
+            _log.info("An input file is back.", batch_id=handed.batch_id)
+
+    def _let_go(self, name: SliceId) -> Slice | None:
+        """Expect a slice no longer; None if it was not expected."""
+        handed = self._handed.pop(name, None)
+        if handed is None or self._lanes is None:
+            return None
+        self._lanes.expect(*handed, sign=-1)
+        self._wake.set()
+        return handed[0]
+
+    def lacks(self, batch_id: BatchId, reason: str) -> None:
+        """Say that a slice was not taken because its batch's input is gone."""
+        if self._absences.note(batch_id, time.monotonic()):
+            _log.error(
+                "A batch waits for its input file, which is gone from the storage. Put it "
+                "back, or cancel the batch, which keeps what has ended.",
+                batch_id=batch_id,
+                error=reason,
+            )
 
     async def run(self) -> None:
         """Feed until cancelled."""
@@ -175,7 +198,11 @@ class Feeder:
         lanes = self._lanes
         assert lanes is not None  # noqa: S101
         jobs: list[Job] = []
-        candidates = dict(self._backlog)
+        candidates = {
+            batch_id: batch
+            for batch_id, batch in self._backlog.items()
+            if self._absences.may_try(batch_id, now)
+        }
         try:
             while batch := next_batch(candidates.values(), self._strides):
                 waiting = await self._read_ahead(batch.batch_id, lanes)
@@ -191,6 +218,8 @@ class Feeder:
                     lanes.expect(piece, batch)
                     self._charge(batch, piece)
                     jobs.append(Job(kind=JobKind.SLICE, id=piece.id))
+                    if self._absences.tries(batch.batch_id, piece.id, now):
+                        del candidates[batch.batch_id]
         finally:  # those that were taken out stay handed out, whatever stopped the rest
             if jobs:
                 await self._engine.enqueue(jobs)
@@ -240,11 +269,12 @@ class Feeder:
             for batch_id in self._backlog
         }
         self._aside.clear()
+        self._absences.forget(self._looked_at, but=self._backlog)
         for name in [
             n for n, (piece, _) in self._handed.items() if piece.batch_id not in self._backlog
         ]:
             # It was cancelled with its batch before a worker saw it, or is being taken in.
-            self.hold(name)
+            self._let_go(name)
         self._strides = begin_strides(self._backlog.values(), self._strides)
 
 

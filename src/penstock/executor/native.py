@@ -361,8 +361,13 @@ class NativeRunner:
         scene = _Scene(batch, route.native)
         try:
             await self._steps[run.status](run, scene)
-        except NotFound as error:  # somebody took the input file
-            await self._again(await self._get_run(run.id), scene, error)
+        except NotFound as error:  # somebody took the input file, and may put it back
+            await self._again(
+                await self._get_run(run.id),
+                scene,
+                error,
+                "A batch waits for its input file, which is gone from the storage.",
+            )
         return True
 
     async def _get_run(self, run_id: NativeRunId) -> NativeRun:
@@ -692,7 +697,13 @@ class NativeRunner:
 
     # Trouble
 
-    async def _again(self, run: NativeRun, scene: _Scene, error: Exception) -> NativeRun:
+    async def _again(
+        self,
+        run: NativeRun,
+        scene: _Scene,
+        error: Exception,
+        told: str = "A provider cannot be asked for now; trying again.",
+    ) -> NativeRun:
         """Try the same later, for as long as somebody waits for it."""
         now = clock.now()
         if run.cancel_wanted_at is None and scene.is_to_stop(run, now):
@@ -700,7 +711,7 @@ class NativeRunner:
         if scene.is_given_up(run, now, self._policy.cancel_grace_s):
             return await self._give_up(run)
         _log.warning(
-            "A provider cannot be asked for now; trying again.",
+            told,
             batch_id=run.batch_id,
             upstream=run.upstream,
             error=str(error),

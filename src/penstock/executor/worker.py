@@ -15,7 +15,7 @@ import structlog
 from penstock import clock
 from penstock.blobs.base import Blobs
 from penstock.blobs.segments import Kind, Segments, SegmentWriter
-from penstock.errors import StorageUnavailable
+from penstock.errors import NotFound, StorageUnavailable
 from penstock.executor.admission import Admission, AdmissionPolicy
 from penstock.executor.group import GroupCommit
 from penstock.executor.keeper import AGAIN_S, Keeper, explain
@@ -26,7 +26,7 @@ from penstock.executor.renaming import rename
 from penstock.executor.replies import reply_line
 from penstock.executor.waiting import Waiting, flow_of
 from penstock.jsonl import RequestLine, iter_requests
-from penstock.model import Slice, SliceId
+from penstock.model import BatchId, Slice, SliceId
 from penstock.store.base import Backlog, ClaimedSlice, SliceReport, Store
 from penstock.telemetry import Health, LaneGauges, Metrics
 from penstock.upstream.base import Failure, Reply
@@ -190,6 +190,8 @@ class Worker:
         wants_more: Called when a lane is short of lines.
         took: Called with the ID of a slice once its lines are in the lanes, or when it turns
             out that they never will be, and with whether they are.
+        lacks: Called with the batch of a slice, and why, before such a slice is given back
+            because its input is gone.
         pace: How often each of several workers tells of its progress.
     """
 
@@ -206,6 +208,7 @@ class Worker:
         options: WorkerOptions,
         wants_more: Callable[[], None],
         took: Callable[[str, bool], None],
+        lacks: Callable[[BatchId, str], None],
         pace: Pace = alone,
     ) -> None:
         self._store = store
@@ -217,6 +220,7 @@ class Worker:
         self._options = options
         self._wants_more = wants_more
         self._took = took
+        self._lacks = lacks
         self._pace = pace
         self._gate = asyncio.Event()
         self._gate.set()
@@ -363,6 +367,10 @@ class Worker:
         self._held[name] = held
         try:
             await self._fill(held, claimed.input_blob_key)
+        except NotFound as error:
+            self._lacks(held.slice.batch_id, str(error))
+            await self._give_back(held)
+            return None
         except Exception as error:
             _log.warning("A slice could not be begun; it is given back.", error=str(error))
             if not self._stopping.is_set():
