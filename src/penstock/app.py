@@ -50,8 +50,10 @@ from penstock.executor.upkeep import (
     find_lost_work,
     keep_up,
     recover,
+    watch_database,
     watch_deliveries,
     watch_native_runs,
+    watch_storage,
 )
 from penstock.executor.webhooks import Deliverer, DeliveryPolicy
 from penstock.executor.worker import Worker, WorkerOptions
@@ -95,8 +97,6 @@ _FILE_LIFE_S = 30 * 86400
 """How long input and result files are kept, as OpenAI keeps them."""
 _COUNT_S = 5.0
 """How often the lines that wait are counted."""
-_PING_S = 2.0
-"""How often an API without workers asks whether the database takes writes."""
 _OWNER = "owner"
 """The object that names the database to which a storage belongs."""
 _CLOCK_S = 10.0
@@ -194,8 +194,15 @@ async def open_app(
             counting = asyncio.create_task(_count(store, ground.metrics, prices))
             stack.callback(counting.cancel)
         if not works:
-            watching = asyncio.create_task(_watch_database(store, ground.health))
+            watching = asyncio.create_task(watch_database(store=store, health=ground.health))
             stack.callback(watching.cancel)
+        looking = watch_storage(
+            # Of room, workers tell themselves.
+            look=lambda: _look_at_storage(ground.blobs, wants_room=not works),
+            name=settings.storage_url or str(settings.data_dir),
+            health=ground.health,
+        )
+        stack.callback(asyncio.create_task(looking).cancel)
         limits = _service_limits(settings)
         yield App(
             service=Service(
@@ -261,19 +268,16 @@ async def _count(store: SqlStore, metrics: Metrics, prices: PriceBook) -> None:
         await asyncio.sleep(_COUNT_S)
 
 
-async def _watch_database(store: SqlStore, health: Health) -> None:
-    """Let an API that is alone in its process tell whether the database takes writes, until
-    cancelled. Beside workers, these tell it."""
-    while True:
-        try:
-            await store.ping()
-        except StorageUnavailable as error:
-            if health.fail("database", str(error)):
-                _log.error("The database takes no writes.", error=str(error))
-        else:
-            if health.recover("database"):
-                _log.info("The database takes writes again.")
-        await asyncio.sleep(_PING_S)
+async def _look_at_storage(blobs: FolderBlobs | ObjectBlobs, *, wants_room: bool) -> None:
+    """
+    Raises:
+        StorageUnavailable: It cannot be reached, or a folder lacks the room that is wanted.
+    """
+    if isinstance(blobs, FolderBlobs):
+        await asyncio.to_thread(blobs.look, wants_room=wants_room)
+    else:
+        with contextlib.suppress(NotFound):  # which is an answer
+            await blobs.get_range(_OWNER, 0, 1)
 
 
 def open_storage(settings: Settings) -> FolderBlobs | ObjectBlobs:

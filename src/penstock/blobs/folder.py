@@ -40,6 +40,45 @@ class FolderBlobs:
         root.mkdir(parents=True, exist_ok=True)
         self._root = root
         self._store = LocalStore(root, mkdir=True)
+        self._looking = threading.Lock()
+
+    def look(self, *, wants_room: bool) -> None:
+        """See whether the folder can be used, without writing to it. For a thread: a disk that
+        hangs holds it up, and only one of those that ask.
+
+        Args:
+            wants_room: Whether it must have room.
+
+        Raises:
+            StorageUnavailable: It cannot be used.
+        """
+        if not self._looking.acquire(blocking=False):
+            raise StorageUnavailable(
+                f"The folder {self._root} does not answer; see whether its disk is there."
+            )
+        try:
+            self._look(wants_room=wants_room)
+        finally:
+            self._looking.release()
+
+    def _look(self, *, wants_room: bool) -> None:
+        try:
+            disk = os.statvfs(self._root)
+        except OSError as error:
+            raise StorageUnavailable(
+                f"The folder {self._root} cannot be reached: {error.strerror}; see whether its "
+                "disk is there."
+            ) from error
+        if not os.access(self._root, os.R_OK | os.W_OK | os.X_OK):
+            raise StorageUnavailable(
+                f"The folder {self._root} cannot be written to; this process must be allowed "
+                "to read and write there, and its disk must take writes."
+            )
+        free = disk.f_bfree if os.geteuid() == 0 else disk.f_bavail
+        if wants_room and disk.f_blocks and not free:
+            raise StorageUnavailable(
+                f"The disk of {self._root} is full; make room there, then work goes on."
+            )
 
     async def put(self, key: str, chunks: AsyncIterator[bytes]) -> int:
         size = 0

@@ -3,7 +3,7 @@
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 import structlog
@@ -25,6 +25,7 @@ from penstock.model import (
     UploadStatus,
 )
 from penstock.store.base import Store
+from penstock.telemetry import Health
 
 _log = structlog.get_logger()
 
@@ -36,6 +37,11 @@ _LOOKS_PER_S = 2.0
 _REMEMBER_S = 30 * 86400
 """How long deliveries and uploads are listed after they have ended."""
 _AT_ONCE = 100
+_PING_S = 2.0
+"""How often an API without workers asks whether the database takes writes."""
+_LOOK_AT_STORAGE_S = 5.0
+_STORAGE_PATIENCE_S = 5.0
+_STORAGE_FAULT = "file_storage"
 
 
 async def recover(
@@ -175,6 +181,55 @@ async def watch_native_runs(*, store: Store, engine: Engine) -> None:
             await engine.enqueue(await store.list_native_jobs(until=clock.now()))
         except StorageUnavailable as error:
             _log.warning("Native runs cannot be looked at for now.", error=str(error))
+
+
+async def watch_database(*, store: Store, health: Health) -> None:
+    """Let an API that is alone in its process tell whether the database takes writes, until
+    cancelled. Beside workers, these tell it."""
+    while True:
+        try:
+            await store.ping()
+        except StorageUnavailable as error:
+            if health.fail("database", str(error)):
+                _log.error("The database takes no writes.", error=str(error))
+        else:
+            if health.recover("database"):
+                _log.info("The database takes writes again.")
+        await asyncio.sleep(_PING_S)
+
+
+async def watch_storage(
+    *,
+    look: Callable[[], Awaitable[None]],
+    name: str,
+    health: Health,
+    every_s: float = _LOOK_AT_STORAGE_S,
+    patience_s: float = _STORAGE_PATIENCE_S,
+) -> None:
+    """Tell whether the storage of files can be reached, until cancelled. A probe of the process
+    costs nothing then, and its answer is a few seconds old at most.
+
+    Args:
+        look: Asks the storage for as little as there is, or raises `StorageUnavailable`.
+        name: The storage, for people.
+        every_s: How long to wait between two looks.
+        patience_s: After how long without an answer there is none.
+    """
+    while True:
+        try:
+            async with asyncio.timeout(patience_s):
+                await look()
+        except (StorageUnavailable, TimeoutError) as error:
+            message = str(error) or (
+                f"The storage {name} did not answer within {patience_s:g} s; see whether it "
+                "and the network work."
+            )
+            if health.fail(_STORAGE_FAULT, message):
+                _log.error("Files cannot be read or written for now.", error=message)
+        else:
+            if health.recover(_STORAGE_FAULT):
+                _log.info("Files can be read and written again.")
+        await asyncio.sleep(every_s)
 
 
 async def _end_upload(store: Store, blobs: Blobs, upload: Upload) -> None:
