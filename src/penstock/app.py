@@ -30,7 +30,7 @@ from penstock.blobs.local_segments import LocalSegments
 from penstock.blobs.object_segments import ObjectSegments
 from penstock.blobs.objects import ObjectBlobs
 from penstock.blobs.segments import Segments
-from penstock.blobs.storage import open_blobs
+from penstock.blobs.storage import look_at, open_blobs
 from penstock.engine.memory import MemoryEngine
 from penstock.errors import DataDirInUse, InvalidSettings, NotFound, StorageUnavailable
 from penstock.executor.admission import AdmissionPolicy
@@ -59,7 +59,7 @@ from penstock.executor.webhooks import Deliverer, DeliveryPolicy
 from penstock.executor.worker import Worker, WorkerOptions
 from penstock.keys import key_digest, key_hint, new_key
 from penstock.model import ApiKey, JobKind, KeyId, ProjectId, Webhook, WebhookId
-from penstock.places import KEY_FILE, store_url
+from penstock.places import KEY_FILE, must_keep_files, store_url
 from penstock.prices import PriceBook
 from penstock.pricing import open_prices, sum_up
 from penstock.service import Service, ServiceLimits, UpstreamChoice, UpstreamChoices
@@ -198,7 +198,7 @@ async def open_app(
             stack.callback(watching.cancel)
         looking = watch_storage(
             # Of room, workers tell themselves.
-            look=lambda: _look_at_storage(ground.blobs, wants_room=not works),
+            look=lambda: look_at(ground.blobs, key=_OWNER, wants_room=not works),
             name=settings.storage_url or str(settings.data_dir),
             health=ground.health,
         )
@@ -243,10 +243,13 @@ async def _open_ground(settings: Settings, stack: contextlib.AsyncExitStack) -> 
         following = asyncio.create_task(_follow_clock(store))
         stack.callback(clock.follow_machine)
         stack.callback(following.cancel)
-    blobs = open_storage(settings)
     if settings.storage_url is None:
-        segments: Segments = LocalSegments(data_dir / "segments")
+        with must_keep_files(data_dir):
+            blobs = open_storage(settings)
+            segments: Segments = LocalSegments(data_dir / "segments")
+            await look_at(blobs, key=_OWNER, wants_room=False)
     else:
+        blobs = open_storage(settings)
         segments = ObjectSegments(blobs=blobs, store=store, loop=asyncio.get_running_loop())
     routes = _make_routes(settings)
     stack.push_async_callback(routes.close)
@@ -266,18 +269,6 @@ async def _count(store: SqlStore, metrics: Metrics, prices: PriceBook) -> None:
                     sum_up, prices, spent, now=clock.now()
                 )
         await asyncio.sleep(_COUNT_S)
-
-
-async def _look_at_storage(blobs: FolderBlobs | ObjectBlobs, *, wants_room: bool) -> None:
-    """
-    Raises:
-        StorageUnavailable: It cannot be reached, or a folder lacks the room that is wanted.
-    """
-    if isinstance(blobs, FolderBlobs):
-        await asyncio.to_thread(blobs.look, wants_room=wants_room)
-    else:
-        with contextlib.suppress(NotFound):  # which is an answer
-            await blobs.get_range(_OWNER, 0, 1)
 
 
 def open_storage(settings: Settings) -> FolderBlobs | ObjectBlobs:

@@ -6,10 +6,12 @@ and a mistake in an upstream's settings does not keep anyone from looking at a b
 
 import os
 import tomllib
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from penstock.errors import InvalidSettings
+from penstock.errors import InvalidSettings, StorageUnavailable
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 DEFAULT_DATA_DIR = "penstock-data"
@@ -134,3 +136,21 @@ def database_path(data_dir: Path) -> Path:
 def store_url(data_dir: Path) -> str:
     """The same as a database URL."""
     return f"sqlite:///{database_path(data_dir)}"
+
+
+@contextmanager
+def must_keep_files(data_dir: Path) -> Generator[None]:
+    """Say what a data directory must be, should it turn out that no files can be kept there.
+
+    Raises:
+        InvalidSettings: In place of what tells that.
+    """
+    try:
+        yield
+    except (OSError, StorageUnavailable) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
+        raise InvalidSettings(
+            f"data_dir is {data_dir}, where files are kept as storage_url is not set, and it "
+            f"cannot be used ({reason}); it must be a directory that this user can write to, "
+            "or that can be made. Or set storage_url."
+        ) from error

@@ -1,5 +1,9 @@
 """The API of a cluster: its first key, and what `check` asks of it."""
 
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -45,6 +49,83 @@ async def test_the_first_start_keeps_its_key_where_there_is_no_data_directory_ye
 
     assert (folder / KEY_FILE).read_text() == f"{app.first_key}\n"
     assert (folder / KEY_FILE).stat().st_mode & 0o777 == 0o600
+
+
+def make_a_file(place: Path) -> None:
+    place.touch()
+
+
+def make_a_way_through_a_file(place: Path) -> None:
+    place.parent.touch()
+
+
+def make_a_folder_with_a_file_in_the_way(place: Path) -> None:
+    place.mkdir()
+    (place / "segments").touch()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (make_a_file, "(Not a directory|File exists)"),
+        (make_a_way_through_a_file, "Not a directory"),
+        (make_a_folder_with_a_file_in_the_way, "File exists"),
+    ],
+)
+@pytest.mark.parametrize("works", [False, True])
+async def test_files_without_a_place_are_refused_in_the_words_of_the_settings(
+    migrated_url: str,
+    tmp_path: Path,
+    make: Callable[[Path], None],
+    reason: str,
+    works: bool,
+) -> None:
+    place = tmp_path / "folder" / "data"
+    if make is not make_a_way_through_a_file:
+        place.parent.mkdir()
+    make(place)
+
+    with pytest.raises(InvalidSettings) as refused:
+        async with open_app(Settings(database_url=migrated_url, data_dir=place), works=works):
+            pass
+
+    assert re.fullmatch(
+        rf"data_dir is {place}, where files are kept as storage_url is not set, and it cannot "
+        rf"be used \({reason}\); it must be a directory that this user can write to, or that "
+        r"can be made\. Or set storage_url\.",
+        str(refused.value),
+    )
+
+
+async def test_a_data_directory_that_takes_no_writes_is_refused(
+    migrated_url: str, tmp_path: Path
+) -> None:
+    place = tmp_path / "data"
+    for name in ("blobs", "segments"):
+        (place / name).mkdir(parents=True)
+
+    with (
+        read_only(place),
+        pytest.raises(InvalidSettings, match=f"data_dir is {place}, .* cannot be written to"),
+    ):
+        async with open_app(Settings(database_url=migrated_url, data_dir=place)):
+            pass
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Let nobody write below a folder, not even root; skips the test where that is not
+    allowed."""
+    bind = ["mount", "--bind", str(folder), str(folder)]
+    if subprocess.run(bind, capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not allow to mount a folder")
+    try:
+        subprocess.run(
+            ["mount", "-o", "remount,bind,ro", str(folder)], capture_output=True, check=True
+        )
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=True)
 
 
 async def test_a_first_key_that_cannot_be_kept_is_not_made(

@@ -1,7 +1,9 @@
 """Where bytes are kept, by the URL that the settings give."""
 
+import asyncio
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +15,7 @@ from obstore.store import AzureStore, GCSStore, S3Store
 
 from penstock.blobs.folder import FolderBlobs
 from penstock.blobs.objects import ObjectBlobs
-from penstock.errors import InvalidSettings
+from penstock.errors import InvalidSettings, NotFound
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
@@ -86,6 +88,23 @@ def open_blobs(
             f"The storage {url} cannot be used: {_first_line(error)}."
         ) from error
     return ObjectBlobs(store, url=url, takes_many_deletes=scheme == "s3")
+
+
+async def look_at(blobs: FolderBlobs | ObjectBlobs, *, key: str, wants_room: bool) -> None:
+    """See whether a storage can be reached, at as little cost as can be.
+
+    Args:
+        key: A small object to look for; whether it is there does not matter.
+        wants_room: Whether a folder must have room.
+
+    Raises:
+        StorageUnavailable: It cannot be reached, or a folder lacks the room that is wanted.
+    """
+    if isinstance(blobs, FolderBlobs):
+        await asyncio.to_thread(blobs.look, wants_room=wants_room)
+    else:
+        with suppress(NotFound):  # which is an answer
+            await blobs.get_range(key, 0, 1)
 
 
 def _parse(url: str) -> tuple[str, str | None]:
