@@ -18,7 +18,8 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from penstock.app import open_batches, open_lines, open_storage
+from penstock.adapters import open_batches, open_lines
+from penstock.app import open_storage
 from penstock.engine.postgres import check_queue, install_queue
 from penstock.errors import PenstockError, UpstreamDown
 from penstock.events import sample_event
