@@ -1,4 +1,4 @@
-"""Bytes in, checked request lines or faults out.
+"""Bytes in, slices of checked lines or faults out.
 
 An input file may be larger than memory, so it is read as it arrives: what is held is the
 longest line, eight bytes a line for finding duplicates, and one row a slice.
@@ -13,7 +13,7 @@ pass is looked at again, slowly, to say all that is wrong with it.
 
 import re
 from array import array
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import accumulate
@@ -23,6 +23,7 @@ from typing import Any, cast
 import msgspec
 
 from penstock.model import ENDPOINTS, Endpoint, Fault, find_endpoint
+from penstock.request_lines import iter_requests
 
 BOM = b"\xef\xbb\xbf"
 MAX_CUSTOM_ID_CHARS = 512
@@ -106,39 +107,8 @@ class CheckedInput:
     """The given endpoint or the one found; None if no line names one."""
 
 
-class RequestLine(msgspec.Struct, frozen=True, gc=False):
-    """One request, ready to be sent. A msgspec struct, because one is made for every line."""
-
-    line: int
-    """Its number in the input file, from 1."""
-    custom_id: str
-    body: bytes
-    """Byte for byte as it stands in the file."""
-    model: str
-    beginning: int
-    """The same for prompts that begin alike: with the same system prompt or, of a conversation,
-    the same first message. 0 if a prompt has no such beginning."""
-
-
-class _Envelope(msgspec.Struct):
-    custom_id: str
-    body: msgspec.Raw
-
-
 class _CustomId(msgspec.Struct):
     custom_id: str
-
-
-class _Model(msgspec.Struct):
-    model: str
-
-
-class _Prompt(_Model, gc=False):
-    """Where each API keeps what prompts begin with."""
-
-    messages: list[msgspec.Raw] | None = None
-    instructions: msgspec.Raw = msgspec.Raw()
-    system: msgspec.Raw = msgspec.Raw()
 
 
 class _Input(msgspec.Struct):
@@ -149,10 +119,7 @@ class _InputLine(msgspec.Struct):
     body: _Input
 
 
-_decode_envelope = msgspec.json.Decoder(_Envelope).decode
 _decode_custom_id = msgspec.json.Decoder(_CustomId).decode
-_decode_model = msgspec.json.Decoder(_Model).decode
-_decode_prompt = msgspec.json.Decoder(_Prompt).decode
 _decode_any = msgspec.json.Decoder().decode
 _decode_input = msgspec.json.Decoder(_InputLine).decode
 _decode_items = msgspec.json.Decoder(list[msgspec.Raw]).decode
@@ -169,38 +136,6 @@ def slice_size(before: int, most: int) -> int:
         most: What the settings allow.
     """
     return min(max(before // _SLICES_BEFORE, _SMALL_SLICE), most)
-
-
-def iter_requests(
-    data: bytes, *, first_line: int, models: Container[str] | None = None
-) -> Iterator[RequestLine]:
-    """Read the requests of a slice of a checked file.
-
-    Args:
-        data: The bytes of the slice.
-        first_line: The number of its first line in the input file, from 1.
-        models: Those of the slice, where others may share its bytes; None reads all lines.
-    """
-    for line, text in enumerate(data.split(b"\n"), first_line):
-        if text.strip():
-            envelope = _decode_envelope(text)
-            body = bytes(envelope.body)
-            model, beginning = _read_prompt(body)
-            if models is None or model in models:
-                yield RequestLine(line, envelope.custom_id, body, model, beginning)
-
-
-def _read_prompt(body: bytes) -> tuple[str, int]:
-    """A request's model, and what tells its prompt's beginning from others."""
-    try:
-        prompt = _decode_prompt(body)
-    except msgspec.ValidationError:  # no prompt that any API knows; its upstream will say so
-        return _decode_model(body).model, 0
-    messages = prompt.messages
-    if prompt.system or prompt.instructions:
-        return prompt.model, hash((bytes(prompt.system), bytes(prompt.instructions)))
-    # A conversation of one message has no beginning of its own.
-    return prompt.model, hash(bytes(messages[0])) if messages and len(messages) > 1 else 0
 
 
 def _line_decoder(endpoint: Endpoint) -> Callable[[bytes], Any]:

@@ -20,12 +20,11 @@ from penstock.jsonl import (
     CheckedInput,
     InputChecker,
     InputRules,
-    RequestLine,
     check_file,
-    iter_requests,
     slice_size,
 )
 from penstock.model import ENDPOINTS, Fault
+from penstock.request_lines import RequestLine, iter_requests
 
 CHAT = ENDPOINTS["/v1/chat/completions"]
 EMBEDDINGS = ENDPOINTS["/v1/embeddings"]

@@ -5,7 +5,7 @@ import random
 from typing import Any
 
 from penstock.executor.order import by_prefix
-from penstock.jsonl import iter_requests
+from penstock.request_lines import iter_requests
 
 
 def chat(system: str | None, user: str) -> dict[str, Any]:

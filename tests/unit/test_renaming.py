@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.executor.renaming import put_model, rename
-from penstock.jsonl import RequestLine
+from penstock.request_lines import RequestLine
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),

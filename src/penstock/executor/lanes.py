@@ -23,7 +23,7 @@ import structlog
 from penstock import clock
 from penstock.executor.admission import Admission, Outcome, Ticket, Verdict, choose
 from penstock.executor.waiting import Flow, Waiting
-from penstock.jsonl import RequestLine
+from penstock.request_lines import RequestLine
 from penstock.telemetry import LaneGauges, UpstreamGauges, UpstreamStats
 from penstock.upstream.base import Failure, Reply
 

@@ -25,7 +25,7 @@ from penstock.errors import Conflict, NotFound, PenstockError, StorageUnavailabl
 from penstock.executor.native_plan import NativePlanner
 from penstock.executor.partial import iter_slices
 from penstock.executor.replies import BATCH_CANCELLED, BATCH_EXPIRED, error_line
-from penstock.jsonl import CheckedInput, InputChecker, InputRules, iter_requests
+from penstock.jsonl import CheckedInput, InputChecker, InputRules
 from penstock.model import (
     FINAL,
     Batch,
@@ -44,6 +44,7 @@ from penstock.model import (
     Usage,
     find_endpoint,
 )
+from penstock.request_lines import iter_requests
 from penstock.store.base import BatchChange, SliceTally, Store
 from penstock.telemetry import WorkStats
 

@@ -15,7 +15,6 @@ from penstock.executor.keeper import Keeper
 from penstock.executor.renaming import rename
 from penstock.executor.replies import error_line, reply_line
 from penstock.executor.retry import may_pass
-from penstock.jsonl import RequestLine, iter_requests
 from penstock.model import (
     Batch,
     NativeRun,
@@ -24,6 +23,7 @@ from penstock.model import (
     Spent,
     Usage,
 )
+from penstock.request_lines import RequestLine, iter_requests
 from penstock.store.base import ClaimedSlice, SliceReport, Store
 from penstock.telemetry import Health, WorkStats
 from penstock.upstream.base import (

@@ -7,7 +7,7 @@ system prompt, are sent one after another. The output has the input's order all 
 
 from collections.abc import Sequence
 
-from penstock.jsonl import RequestLine
+from penstock.request_lines import RequestLine
 
 _FEWEST = 3
 """With fewer lines there is nothing to gain."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from penstock.jsonl import RequestLine
+from penstock.request_lines import RequestLine
 
 _TOKEN = re.compile(rb'"([^"\\]*(?:\\.[^"\\]*)*)"\s*(:)?|[{}\[\]]', re.DOTALL)
 """Of valid JSON all that matters here: strings, whether a colon follows, and brackets."""

@@ -25,8 +25,8 @@ from penstock.executor.order import by_prefix
 from penstock.executor.renaming import rename
 from penstock.executor.replies import reply_line
 from penstock.executor.waiting import Waiting, flow_of
-from penstock.jsonl import RequestLine, iter_requests
 from penstock.model import BatchId, Slice, SliceId
+from penstock.request_lines import RequestLine, iter_requests
 from penstock.store.base import Backlog, ClaimedSlice, SliceReport, Store
 from penstock.telemetry import Health, LaneGauges, Metrics
 from penstock.upstream.base import Failure, Reply
