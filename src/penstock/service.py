@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from typing import Generic, Protocol, TypeVar
 
 import msgspec
+import structlog
 
 from penstock.blobs.base import Blobs
 from penstock.errors import (
@@ -48,6 +49,8 @@ from penstock.model import (
 from penstock.prices import CostItem, PriceBook
 from penstock.refusals import check_text, quoted, unsupported
 from penstock.store.base import BatchFilter, Page, Store
+
+_log = structlog.get_logger()
 
 MAX_METADATA_PAIRS = 16
 MAX_METADATA_KEY_CHARS = 64
@@ -349,13 +352,18 @@ class Service:
 
         Raises:
             NotFound: The file was deleted meanwhile.
+            StorageUnavailable: Its bytes are gone from the storage; they may be put back.
         """
         try:
             pieces = self._blobs.stream(file.blob_key, start, end)
             return await _opened(pieces) or _nothing()
         except NotFound as error:
             await self.get_file(file.project_id, file.id)
-            raise RuntimeError(f"The bytes of {file.id} are missing.") from error
+            _log.error("The bytes of a file are gone from the storage.", file_id=file.id)
+            raise StorageUnavailable(
+                f"The bytes of {file.id} are gone from this server's storage. Whoever runs the "
+                "server may be able to put them back; its log names them."
+            ) from error
 
     # Batches
 

@@ -10,7 +10,7 @@ import structlog
 
 from penstock.executor.native import NativePolicy
 from penstock.model import BatchStatus, Counts, NativeRunStatus
-from tests.integration.bench import Bench, ids, prompts, script, until
+from tests.integration.bench import CHAT, Bench, Upload, ids, line, prompts, script, until
 from tests.providers.openai_server import KEY, UPLOAD, OpenAIProvider
 from tests.upstreams import ScriptedUpstream, answer, chat_completion, hold
 
@@ -67,6 +67,49 @@ async def test_a_batch_waits_for_its_input_file_and_holds_up_no_other(
     assert [log["event"].startswith(WAITS) for log in told] == [True]
     assert told[0]["batch_id"] == batch.id
     assert len([log for log in logs if log["event"] == "An input file is back."]) == 1
+
+
+async def test_a_cancel_while_the_input_is_gone_makes_no_empty_error_file(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    data_dir, go = tmp_path / "data", asyncio.Event()
+    upstream.behave = script({NAMES[0]: hold(answer(chat_completion(NAMES[0])), until=go)})
+    options = {"upstream": {"max_concurrency": 1}, "worker": {"slice_requests": 20}}
+    async with Bench(data_dir, upstream, **options) as bench:
+        batch = await bench.create(*NAMES)
+        await upstream.wait_for_requests(1)
+        input_file(data_dir).unlink()
+        go.set()
+        await bench.wait_until_counted(batch, 20)
+        await bench.cancel(batch)
+        ended = await bench.wait_until_ended(batch)
+        output, _ = await bench.results(batch)
+        kept = [path for path in (data_dir / "blobs" / "files").iterdir() if path.is_file()]
+
+    assert ended.status is BatchStatus.CANCELLED
+    assert ended.error_file_id is None
+    assert len(output) == ended.counts.completed
+    assert [path.name for path in kept] == [ended.output_file_id]
+
+
+async def test_a_batch_whose_input_is_gone_before_it_is_read_fails_and_says_so(
+    tmp_path: Path, upstream: ScriptedUpstream
+) -> None:
+    data_dir = tmp_path / "data"
+    with structlog.testing.capture_logs() as logs:
+        async with Bench(data_dir, upstream) as bench:
+            service, project_id = bench.app.service, bench.app.project_id
+            file = await service.create_file(project_id, Upload(line("a")))
+            input_file(data_dir).unlink()
+            batch = await service.create_batch(
+                project_id, input_file_id=file.id, endpoint=CHAT, completion_window="24h"
+            )
+            ended = await bench.wait_until_ended(batch)
+
+    assert ended.status is BatchStatus.FAILED
+    [fault] = ended.faults
+    assert fault.message.startswith(f"The bytes of file {file.id} are gone from this server's")
+    assert any(log["event"] == "An input file is gone." for log in logs)
 
 
 async def test_a_batch_for_a_provider_waits_for_its_input_file(tmp_path: Path) -> None:

@@ -186,9 +186,17 @@ class Lifecycle:
         try:
             async with self._reading:
                 checked = await self._check(batch) if batch.input_blob_key else None
-        except NotFound:
-            checked = None
-        checked = checked or _unreadable(batch)
+        except NotFound as error:
+            _log.error("An input file is gone.", batch_id=batch_id, error=str(error))
+            checked = _refused(
+                f"The bytes of file {batch.input_file_id} are gone from this server's storage. "
+                "Upload it again, or have whoever runs the server put them back."
+            )
+        if checked is None:
+            checked = _refused(
+                f"Cannot find file {batch.input_file_id}, or organization {batch.project_id} "
+                "does not have access to it."
+            )
         now = int(clock.now())
         try:
             if checked.faults:
@@ -330,6 +338,10 @@ class Lifecycle:
             if failed or missing:
                 error = await self._write(batch, found, Kind.ERROR)
                 written.append(error)
+                if not error.bytes:  # lines whose input is gone cannot be named
+                    written.remove(error)
+                    await self._drop([error])
+                    error = None
             total = completed + failed + missing
             change = BatchChange(
                 counts=Counts(total=total, completed=completed, failed=failed),
@@ -479,11 +491,7 @@ class Lifecycle:
             await self._blobs.delete(list(unused))
 
 
-def _unreadable(batch: Batch) -> CheckedInput:
-    fault = Fault(
-        code="invalid_request",
-        message=f"Cannot find file {batch.input_file_id}, or organization "
-        f"{batch.project_id} does not have access to it.",
-        param="file_id",
-    )
+def _refused(message: str) -> CheckedInput:
+    """What is said of an input file that cannot be read."""
+    fault = Fault(code="invalid_request", message=message, param="file_id")
     return CheckedInput(total=0, faults=[fault], slices=[], models=[], endpoint=None)
