@@ -725,6 +725,13 @@ def _check_kinds(settings: Settings, told: Callable[..., str]) -> None:
     special = {name for kind in KINDS.values() for name in (*kind.needs, *kind.takes)}
     for index, upstream in enumerate(settings.upstreams):
         kind = KINDS[upstream.kind]
+        if not kind.has_lines:
+            for name, only in (("mode", "native"), ("fallback", "none")):
+                if getattr(upstream, name) != only:
+                    raise InvalidSettings(
+                        f"{told('upstreams', index, name)}; it must be {only} for kind "
+                        f"{upstream.kind}, which takes batches and no single lines."
+                    )
         if upstream.stream and not kind.streams:
             raise InvalidSettings(
                 f"{told('upstreams', index, 'stream')}; it must be false for kind "

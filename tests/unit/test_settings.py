@@ -254,6 +254,15 @@ def test_variables_of_the_client_and_of_kubernetes_are_passed_over(
          "provider is not shared."),
         (UPSTREAM + 'fallback = "lines"', 'upstreams[0].fallback is "lines" (file '
          "penstock.toml); it must be none where upstreams[0].mode is lines."),
+        (UPSTREAM + 'kind = "penstock"\nmode = "auto"', 'upstreams[0].mode is "auto" (file '
+         "penstock.toml); it must be native for kind penstock, which takes batches and no "
+         "single lines."),
+        (UPSTREAM + 'kind = "penstock"', 'upstreams[0].mode is "lines" (file '
+         "penstock.toml); it must be native for kind penstock, which takes batches and no "
+         "single lines."),
+        (UPSTREAM + 'kind = "penstock"\nmode = "native"\nfallback = "lines"',
+         'upstreams[0].fallback is "lines" (file penstock.toml); it must be none for kind '
+         "penstock, which takes batches and no single lines."),
         ('[[upstreams]]\nname = "a"\nkind = "azure"\nbase_url = "https://a.example/openai"',
          'upstreams[0].base_url is "https://a.example/openai" (file penstock.toml); it must '
          "end in /v1, or upstreams[0].api_version must be set, such as 2024-10-21: without /v1 "

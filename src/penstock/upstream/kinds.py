@@ -1,7 +1,7 @@
 """The kinds of upstreams that the settings may name.
 
 To add a provider, add a row; if its batch API is not like OpenAI's, add its adapter to the
-table in `app` that makes them.
+table in `adapters` that makes them.
 """
 
 from collections.abc import Mapping
@@ -38,6 +38,8 @@ class Kind:
     that are sent one by one alone."""
     takes: tuple[str, ...] = ()
     """Which others it reads, that other kinds do not have."""
+    has_lines: bool = True
+    """Whether it can be sent lines one by one."""
 
     def client_headers(self, *, has_jobs: bool) -> frozenset[str]:
         """Which headers of a client say something, where lines become jobs or do not."""
@@ -46,7 +48,7 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "openai": Kind(title="OpenAI, or any server that is compatible", batches="openai"),
-    "penstock": Kind(title="another Penstock", batches="openai"),
+    "penstock": Kind(title="another Penstock", batches="openai", has_lines=False),
     "azure": Kind(
         title="Azure OpenAI",
         batches="openai",
