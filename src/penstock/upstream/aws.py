@@ -1,4 +1,4 @@
-"""Signatures for requests to Amazon, by botocore: the extra `penstock[bedrock]`.
+"""Signatures for requests to Amazon, by botocore: the extra `bedrock`.
 
 Credentials come from botocore's own chain (environment, profiles, web identity, the roles of
 containers and machines), which may ask the network; so that is done in a thread.
@@ -51,7 +51,7 @@ class AwsSigner:
         except ImportError as error:
             raise InvalidSettings(
                 f"The upstream {name} needs botocore to sign requests to Amazon, which is not "
-                "installed; install penstock[bedrock]."
+                "installed; install the extra bedrock of Penstock."
             ) from error
         self._lock = threading.Lock()
 

@@ -1,4 +1,4 @@
-"""Tokens of Google Cloud, by google-auth: the extra `penstock[vertex]`.
+"""Tokens of Google Cloud, by google-auth: the extra `vertex`.
 
 Credentials come from the key file of a service account, or from Google's own chain (the file
 that `GOOGLE_APPLICATION_CREDENTIALS` names, gcloud's, the metadata of the machine). To find
@@ -46,7 +46,7 @@ class GoogleTokens:
         except ImportError as error:
             raise InvalidSettings(
                 f"The upstream {name} needs google-auth to get tokens of Google, which is not "
-                "installed; install penstock[vertex]."
+                "installed; install the extra vertex of Penstock."
             ) from error
         self._request = _Transport(self._errors.TransportError)
         self._lock = threading.Lock()
