@@ -229,6 +229,29 @@ def test_the_documentation_speaks_of_no_other_shape_of_error(server: Server) -> 
 # Faults of our own
 
 
+def test_a_fault_of_our_own_is_told_by_its_request_and_no_more(
+    server: Server,
+    http: httpx2.Client,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a secret detail")
+
+    monkeypatch.setattr(type(server.store), "list_batches", fail)
+
+    answer = http.get("/batches")
+
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["code"]) == (500, "server_error", None)
+    assert "detail" not in answer.text
+    request_id = answer.headers["x-request-id"]
+    assert request_id in error["message"]
+    logged = capsys.readouterr().out
+    assert request_id in logged
+    assert "a secret detail" in logged
+
+
 def test_bytes_that_are_lost_are_a_fault_of_the_server(
     server: Server, tenant: Tenant, http: httpx2.Client, capsys: pytest.CaptureFixture[str]
 ) -> None:
