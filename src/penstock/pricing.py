@@ -73,15 +73,18 @@ def sum_up(
 
 
 def _figures(book: PriceBook, name: str, spent: Sequence[Spent], now: float) -> NativeFigures:
-    figures = NativeFigures()
-    for each in spent:
+    # Jobs without an answer cost nothing, but that is not to be taken for what others cost.
+    answered = [each for each in spent if each.answered]
+    figures = NativeFigures() if answered else NativeFigures(cost_usd=0.0, by_line_usd=0.0)
+    for each in answered:
         figures.input_tokens += each.usage.input_tokens
         figures.cached_tokens += each.usage.cached_tokens
         figures.output_tokens += each.usage.output_tokens
         cost = book.price(name, each, is_native=True, at=now)
-        if cost.usd is None or cost.by_line_usd is None:
+        if cost.usd is None:
             figures.unpriced_tokens += each.usage.total_tokens
         else:
-            figures.cost_usd += float(cost.usd)
-            figures.by_line_usd += float(cost.by_line_usd)
+            figures.cost_usd = (figures.cost_usd or 0.0) + float(cost.usd)
+        if cost.by_line_usd is not None:
+            figures.by_line_usd = (figures.by_line_usd or 0.0) + float(cost.by_line_usd)
     return figures

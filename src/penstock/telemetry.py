@@ -169,11 +169,13 @@ class NativeFigures:
     input_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
-    cost_usd: float = 0.0
-    by_line_usd: float = 0.0
-    """What the same would have cost line by line."""
+    cost_usd: float | None = None
+    """What those cost whose price is known; None if there are none."""
+    by_line_usd: float | None = None
+    """What those would have cost line by line of which that is known; None if there are none.
+    They may be more, where the discount of a batch is not known."""
     unpriced_tokens: int = 0
-    """Those whose price is not known."""
+    """Those of which it is not known what they cost."""
 
 
 class Metrics:
@@ -287,7 +289,7 @@ class Metrics:
         )
         unpriced = CounterMetricFamily(
             "penstock_native_unpriced_tokens",
-            "Tokens among them whose price is not known.",
+            "Tokens among them of which it is not known what they cost.",
             labels=["upstream"],
         )
         cost = CounterMetricFamily(
@@ -297,7 +299,7 @@ class Metrics:
         )
         by_line = CounterMetricFamily(
             "penstock_native_by_line_cost_usd",
-            "What they would have cost line by line, in US dollars.",
+            "What tokens would have cost line by line, where that is known, in US dollars.",
             labels=["upstream"],
         )
         for name, figures in sorted(self.native_figures.items()):
@@ -305,8 +307,10 @@ class Metrics:
             tokens.add_metric([name, "cached"], figures.cached_tokens)
             tokens.add_metric([name, "output"], figures.output_tokens)
             unpriced.add_metric([name], figures.unpriced_tokens)
-            cost.add_metric([name], figures.cost_usd)
-            by_line.add_metric([name], figures.by_line_usd)
+            if figures.cost_usd is not None:
+                cost.add_metric([name], figures.cost_usd)
+            if figures.by_line_usd is not None:
+                by_line.add_metric([name], figures.by_line_usd)
         yield from (tokens, unpriced, cost, by_line)
 
     def _collect_upstreams(self) -> Iterator[Metric]:

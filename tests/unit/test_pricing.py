@@ -77,23 +77,54 @@ def test_without_the_table_the_check_says_how_to_have_it() -> None:
     assert told(None, kind="groq", prices=PRICES)[0] is Verdict.OK
 
 
-def test_what_has_no_price_is_summed_apart() -> None:
-    book = open_prices(settings(prices=PRICES, batch_discount=0.5), lambda *_: None)
-    usage = Usage(
-        input_tokens=500_000, cached_tokens=9, output_tokens=250_000, total_tokens=750_000
-    )
-    spent = [
-        Spent(answered=1, usage=usage, model=model, longest_input=None)
-        for model in ("m", "m", "other", None)
-    ]
+USAGE = Usage(
+    input_tokens=500_000, cached_tokens=9, output_tokens=250_000, total_tokens=750_000
+)
 
-    assert sum_up(book, {"far": spent}, now=0.0) == {
-        "far": NativeFigures(
-            input_tokens=2_000_000,
-            cached_tokens=36,
-            output_tokens=1_000_000,
-            cost_usd=3.0,
-            by_line_usd=6.0,
-            unpriced_tokens=1_500_000,
-        )
-    }
+
+def figures(*spent: tuple[str | None, Usage], **upstream: Any) -> NativeFigures:
+    """What the metrics say of jobs, by the models and tokens of their answers."""
+    book = open_prices(settings(**upstream), lambda *_: None)
+    jobs = [
+        Spent(answered=int(usage != Usage()), usage=usage, model=model, longest_input=None)
+        for model, usage in spent
+    ]
+    return sum_up(book, {"far": jobs}, now=0.0)["far"]
+
+
+def test_what_has_no_price_is_summed_apart() -> None:
+    jobs = [(model, USAGE) for model in ("m", "m", "other", None)]
+
+    assert figures(*jobs, prices=PRICES, batch_discount=0.5) == NativeFigures(
+        input_tokens=2_000_000,
+        cached_tokens=36,
+        output_tokens=1_000_000,
+        cost_usd=3.0,
+        by_line_usd=6.0,
+        unpriced_tokens=1_500_000,
+    )
+
+
+@pytest.mark.parametrize(
+    ("upstream", "by_line_usd"),
+    [({}, None), ({"batch_discount": 0.5}, None), ({"prices": PRICES}, 3.0)],
+)
+def test_a_sum_of_which_nothing_is_known_is_not_0(
+    upstream: dict[str, Any], by_line_usd: float | None
+) -> None:
+    told = figures(("m", Usage()), ("m", USAGE), **upstream)
+
+    assert (told.cost_usd, told.by_line_usd) == (None, by_line_usd)
+    assert told.unpriced_tokens == 750_000
+
+
+def test_a_price_that_is_known_of_jobs_without_answers_alone_says_nothing_of_others() -> None:
+    told = figures(("m", Usage()), ("other", USAGE), prices=PRICES, batch_discount=0.5)
+
+    assert (told.cost_usd, told.by_line_usd) == (None, None)
+
+
+def test_where_no_line_was_answered_all_jobs_cost_0() -> None:
+    told = figures(("m", Usage()), (None, Usage()))
+
+    assert told == NativeFigures(cost_usd=0.0, by_line_usd=0.0)

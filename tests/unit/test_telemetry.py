@@ -76,3 +76,23 @@ def test_all_that_is_counted_is_shown() -> None:
     ):
         assert f"{sample}\n" in text
     assert metrics.upstream("gpu") is stats
+
+
+def test_a_cost_that_is_not_known_has_no_sample() -> None:
+    metrics = Metrics(Health())
+    metrics.native_figures = {
+        "unknown": NativeFigures(unpriced_tokens=3),
+        "by_line": NativeFigures(unpriced_tokens=3, by_line_usd=1.25),
+        "idle": NativeFigures(cost_usd=0.0, by_line_usd=0.0),
+    }
+    samples = [
+        line
+        for line in metrics.render().decode().splitlines()
+        if line.startswith("penstock_native_") and "_usd_total" in line
+    ]
+
+    assert samples == [
+        'penstock_native_cost_usd_total{upstream="idle"} 0.0',
+        'penstock_native_by_line_cost_usd_total{upstream="by_line"} 1.25',
+        'penstock_native_by_line_cost_usd_total{upstream="idle"} 0.0',
+    ]
