@@ -479,11 +479,14 @@ def tokens(count: int) -> str:
     return f"{count / 1e6:,.1f} M tokens" if count >= 1e6 else f"{count / 1e3:.1f} k tokens"
 
 
-def dollars(amount: Decimal) -> str:
-    """An amount in cents; less than one with two digits that count."""
-    if not amount or amount >= Decimal("0.01"):
-        return f"{amount:,.2f}"
-    return f"{amount:.{1 - amount.adjusted()}f}"
+def dollars(amount: Decimal, *beside: Decimal | None) -> str:
+    """An amount in cents; less than ten of them with two digits that count.
+
+    Args:
+        beside: What it is compared with: all have as many digits as the smallest needs.
+    """
+    digits = [1 - each.adjusted() for each in (amount, *beside) if each]
+    return f"{amount:,.{max([2, *digits])}f}"
 
 
 def _costs(costs: Sequence[CostObject]) -> Iterable[tuple[str, str]]:
@@ -498,19 +501,37 @@ def _costs(costs: Sequence[CostObject]) -> Iterable[tuple[str, str]]:
 
 def _cost(cost: CostObject) -> str:
     lines = f"{cost.requests:,} lines"
-    if cost.status == "running":
+    is_running = cost.status == "running"
+    if is_running and cost.mode == "native":
         return f"{lines}, not ended yet"
     if cost.usage is None:
         return f"{lines}; what they took is not known"
-    told = [lines, tokens(cost.usage.total_tokens)]
-    least = "at least " if cost.at_least else ""
-    told.append("price unknown" if cost.cost is None else f"{least}US$ {dollars(cost.cost)}")
+    of_model = f" of {cost.model}" if cost.model else ""
+    so_far = " so far" if is_running else ""
+    told = f"{lines}{of_model}{so_far}, {tokens(cost.usage.total_tokens)}, {_price(cost)}"
     beside = [f"by {cost.source}"] if cost.source else []
     if cost.mode == "native" and cost.line_cost is not None:
-        beside.insert(0, f"line by line: {dollars(cost.line_cost)}")
-    of_model = f" of {cost.model}" if cost.model else ""
-    told[0] += of_model
-    return ", ".join(told) + (f" ({'; '.join(beside)})" if beside else "")
+        beside.insert(0, f"line by line: {dollars(cost.line_cost, cost.cost)}")
+    return told + (f" ({'; '.join(beside)})" if beside else "")
+
+
+def _price(cost: CostObject) -> str:
+    if cost.cost is None:
+        why = _why_unknown(cost)
+        return f"price unknown: {why}" if why else "price unknown"
+    least = "at least " if cost.at_least else ""
+    return f"{least}US$ {dollars(cost.cost, cost.line_cost)}"
+
+
+def _why_unknown(cost: CostObject) -> str | None:
+    """Why a price is not known; None if that is not known either."""
+    if cost.line_cost is not None:
+        return "no discount of batches known"
+    if cost.usage and not cost.usage.total_tokens:
+        return "answers told of no tokens"
+    if cost.model is None:
+        return "lines of several models"
+    return "no price of this model" if cost.upstream else None
 
 
 def _faults(batch: BatchObject) -> Iterable[tuple[str, str]]:

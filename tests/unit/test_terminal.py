@@ -254,12 +254,13 @@ def test_lines_that_a_provider_has_are_shown_as_such() -> None:
         ("0", "0.00"),
         ("0.00123456", "0.0012"),
         ("0.0099", "0.0099"),
-        ("0.01", "0.01"),
+        ("0.01", "0.010"),
+        ("0.1", "0.10"),
         ("1234.567", "1,234.57"),
         ("0.00000005", "0.000000050"),
     ],
 )
-def test_an_amount_has_cents_and_a_small_one_two_digits(amount: str, text: str) -> None:
+def test_an_amount_has_cents_and_two_digits_that_count(amount: str, text: str) -> None:
     assert dollars(Decimal(amount)) == text
 
 
@@ -284,10 +285,28 @@ def cost(**fields: Any) -> CostObject:
             "At far 3 lines, 500 tokens, US$ 1.00 (line by line: 2.00; by settings)",
         ),
         (cost(cost="1", at_least=True), "At far 3 lines, 500 tokens, at least US$ 1.00"),
-        (cost(), "At far 3 lines, 500 tokens, price unknown"),
+        (
+            cost(cost="0.006", line_cost="0.012"),
+            "At far 3 lines, 500 tokens, US$ 0.0060 (line by line: 0.0120)",
+        ),
+        (
+            cost(cost="0.013", line_cost="0.026"),
+            "At far 3 lines, 500 tokens, US$ 0.013 (line by line: 0.026)",
+        ),
+        (cost(cost="0", line_cost="0.026"), "US$ 0.000 (line by line: 0.026)"),
+        (cost(), "At far 3 lines, 500 tokens, price unknown: lines of several models"),
+        (
+            cost(model="m"),
+            "At far 3 lines of m, 500 tokens, price unknown: no price of this model",
+        ),
+        (
+            cost(model="m", usage={"total_tokens": 0}),
+            "3 lines of m, 0 tokens, price unknown: answers told of no tokens",
+        ),
         (
             cost(line_cost="2", model="m"),
-            "At far 3 lines of m, 500 tokens, price unknown (line by line: 2.00)",
+            "At far 3 lines of m, 500 tokens, price unknown: no discount of batches known "
+            "(line by line: 2.00)",
         ),
         (cost(status="running", usage=None), "At far 3 lines, not ended yet"),
         (cost(usage=None), "At far 3 lines; what they took is not known"),
@@ -309,6 +328,26 @@ def test_lines_that_no_provider_batched_are_priced_beside_those_or_where_that_is
     assert not told(unknown)
     assert told(known)
     assert told(cost(), unknown)
+
+
+def line_by_line(**fields: Any) -> str:
+    """What is shown of lines sent one by one, beside a job."""
+    lines = cost(mode="lines", model="m", **fields)
+    return " ".join(shown(batch_view(batch(), now=NOON, costs=[cost(), lines])).split())
+
+
+def test_lines_one_by_one_of_a_batch_that_runs_are_told_so_far() -> None:
+    fields = {"status": "running", "cost": "1", "line_cost": "1"}
+
+    assert "Line by line 3 lines of m so far, 500 tokens, US$ 1.00" in line_by_line(**fields)
+
+
+def test_where_several_upstreams_took_lines_it_is_not_said_that_the_model_has_no_price() -> (
+    None
+):
+    lines = "Line by line 3 lines of m, 500 tokens, price unknown"
+    assert f"{lines} Input file" in line_by_line(upstream=None)
+    assert f"{lines}: no price of this model Input" in line_by_line(upstream="own")
 
 
 # Why lines failed
