@@ -1417,6 +1417,20 @@ FAULTS = [
         PRICES,
     ),
     Fault(
+        "a batch without an answer cost 0",
+        "prices.py",
+        "if not items or any(",
+        "if any(",
+        PRICES,
+    ),
+    Fault(
+        "a sum of costs of which none is known is 0",
+        "pricing.py",
+        "NativeFigures() if answered else NativeFigures(cost_usd=0.0, by_line_usd=0.0)",
+        "NativeFigures(cost_usd=0.0, by_line_usd=0.0)",
+        "tests/unit/test_pricing.py",
+    ),
+    Fault(
         "cached tokens are paid twice",
         "prices.py",
         "total = (usage.input_tokens - cached) * rates.input",

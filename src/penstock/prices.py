@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Protocol
 
 from penstock.model import (
+    FINAL,
     Batch,
     NativeRun,
     NativeRunStatus,
@@ -194,9 +195,10 @@ class CostItem:
     jobs: int = 0
     """How many batches of the provider they were."""
     is_over: bool = True
-    """Whether they have been counted. Else they are at the provider, or on their way."""
+    """Whether jobs have been counted, else they are at the provider or on their way; of lines
+    one by one, whether the batch has ended."""
     requests: int
-    """How many lines: of jobs all, else those that were answered."""
+    """How many lines: of jobs all, else those that were answered so far."""
     answered: int | None
     usage: Usage | None
     """None if it is not known."""
@@ -282,6 +284,7 @@ class PriceBook:
             upstream=upstream,
             model=model,
             is_native=False,
+            is_over=batch.status in FINAL,
             requests=answered,
             answered=answered,
             usage=usage,
@@ -290,8 +293,9 @@ class PriceBook:
 
 
 def total(items: Sequence[CostItem]) -> Cost:
-    """What all of it cost; unknown if any of it is, or is not over."""
-    if any(not item.is_over for item in items):
+    """What all of it cost so far; unknown of nothing, if any of it is, or while there are jobs
+    that have not been counted."""
+    if not items or any(item.is_native and not item.is_over for item in items):
         return UNKNOWN
     return _sum_costs([item.cost for item in items])
 

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from decimal import Decimal
 from typing import Any
 
 import httpx2
@@ -14,6 +15,7 @@ from openai import OpenAI
 
 from penstock.api import wire
 from penstock.model import ENDPOINTS, BatchId, BatchStatus, Counts, Fault, Usage
+from penstock.prices import Cost, CostItem
 from penstock.store.base import BatchChange
 from tests.api.conftest import Server, Tenant
 
@@ -129,6 +131,44 @@ def test_counts_and_usage_are_shown(client: OpenAI, tenant: Tenant) -> None:
         "output_tokens_details": {"reasoning_tokens": 4},
         "total_tokens": 5,
     }
+
+
+def test_what_a_batch_cost_of_which_nothing_was_answered_is_not_known(
+    http: httpx2.Client, tenant: Tenant
+) -> None:
+    batch_id = tenant.add_batch()
+    unknown = {
+        "object": "batch.costs",
+        "batch_id": batch_id,
+        "currency": "usd",
+        "cost": None,
+        "line_cost": None,
+        "at_least": False,
+        "data": [],
+    }
+
+    assert http.get(f"/batches/{batch_id}/costs").json() == unknown
+    tenant.start(batch_id, lines=3)
+    assert http.get(f"/batches/{batch_id}/costs").json() == unknown
+
+
+def test_what_lines_of_a_batch_that_runs_cost_is_told_as_such() -> None:
+    item = CostItem(
+        upstream="own",
+        model="m",
+        is_native=False,
+        is_over=False,
+        requests=2,
+        answered=2,
+        usage=Usage(input_tokens=1, output_tokens=1, total_tokens=2),
+        cost=Cost(usd=Decimal("0.10"), by_line_usd=Decimal("0.10"), source="settings"),
+    )
+
+    told = wire.costs_to_wire("batch_1", [item])
+
+    assert (told["cost"], told["line_cost"]) == ("0.1", "0.1")
+    [lines] = told["data"]
+    assert (lines["mode"], lines["status"], lines["requests"]) == ("lines", "running", 2)
 
 
 def _with_usage(tenant: Tenant, batch_id: str) -> Any:

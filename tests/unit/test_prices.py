@@ -420,3 +420,16 @@ def test_a_batch_without_jobs_is_priced_where_upstream_and_model_are_known() -> 
 
 def test_a_batch_without_an_answer_has_no_costs() -> None:
     assert BOOK.price_batch(batch(Usage(), 0), []) == []
+    assert total([]) == UNKNOWN
+
+
+@pytest.mark.parametrize("status", [BatchStatus.IN_PROGRESS, BatchStatus.FINALIZING])
+def test_of_a_batch_that_is_sent_line_by_line_it_is_told_what_it_cost_so_far(
+    status: BatchStatus,
+) -> None:
+    [item] = BOOK.price_batch(replace(batch(), status=status), [])
+
+    assert (item.is_over, item.requests) == (False, 10)
+    assert total([item]).usd == Decimal("3.0")
+    [item] = BOOK.price_batch(batch(), [])
+    assert item.is_over

@@ -307,11 +307,12 @@ class CostShape(_Shape):
     jobs: Count
     """How many batches of the provider they were."""
     status: Literal["running", "ended"]
-    """Whether all of these have ended and were counted."""
+    """Whether the provider's batches have ended and were counted; of `lines`, whether the batch
+    has ended."""
     requests: Count
-    """How many lines there are."""
+    """How many lines the provider's batches were given; of `lines`, as many as `answered`."""
     answered: Count | None
-    """How many have an answer; null if it is not known."""
+    """How many have an answer so far; null if it is not known."""
     usage: UsageShape | None
     """What these answers took; null if it is not known."""
     cost: Dollars | None
@@ -332,12 +333,13 @@ class BatchCostsShape(_Shape):
     batch_id: str
     currency: Literal["usd"]
     cost: Dollars | None
-    """All of it; null if any of it is not known, or a batch of a provider has not ended."""
+    """All of it so far; null while no line has an answer, if any of it is not known, or a batch
+    of a provider has not ended."""
     line_cost: Dollars | None
     """What it would have cost, line by line."""
     at_least: bool
     data: list[CostShape]
-    """Empty while no line has an answer."""
+    """Empty while no line has an answer and no provider has a batch."""
 
 
 class FileShape(_Shape):
