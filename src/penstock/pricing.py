@@ -53,7 +53,7 @@ def tell_prices(upstream: Upstream, table: GenaiPrices | None) -> tuple[str, boo
     if not sources:
         hint = ""
         if table is None:
-            hint = ', or install what list prices need: pip install "penstock[prices]"'
+            hint = ", or install the extra prices of Penstock, which knows list prices"
         return f"Prices are not known; name them in its setting prices{hint}.", False
     told = f"Prices come from {' and '.join(sources)}"
     if terms.discount is None:

@@ -71,8 +71,8 @@ def test_the_check_says_where_prices_come_from(
 def test_without_the_table_the_check_says_how_to_have_it() -> None:
     assert told(None, kind="groq") == (
         Verdict.NOTE,
-        "Prices are not known; name them in its setting prices, or install what list prices "
-        'need: pip install "penstock[prices]".',
+        "Prices are not known; name them in its setting prices, or install the extra prices of "
+        "Penstock, which knows list prices.",
     )
     assert told(None, kind="groq", prices=PRICES)[0] is Verdict.OK
 
