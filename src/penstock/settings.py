@@ -308,7 +308,8 @@ class Upstream(Table):
         default="none",
     )
     base_url: Annotated[str, BeforeValidator(read_base_url)] = _setting(
-        "Where its API is, with `/v1` if it has one.",
+        "Where its API is, with `/v1` if it has one; an address without a path gets `/v1`, "
+        "and with kind `azure` it must end in `/openai/v1` or `/openai`.",
         "an http or https URL with a host and without a query, "
         "such as http://127.0.0.1:9000/v1",
     )
@@ -317,10 +318,9 @@ class Upstream(Table):
         _SECRET,
         default=None,
     )
-    api_version: Text | None = _setting(
-        "With kind `azure`, the version of its API; it must be named where `base_url` does not "
-        "end in `/v1`.",
-        "a version of Azure's API, such as 2024-10-21",
+    api_version: Annotated[str, BeforeValidator(azure.read_version)] | None = _setting(
+        "With kind `azure`, the version of its API, needed where `base_url` ends in `/openai`.",
+        azure.VERSION,
         default=None,
     )
     account: Label | None = _setting(
@@ -444,7 +444,8 @@ class ProjectSettings(Table):
     )
     weight: Whole = _whole(1, "Its share of the workers beside other projects that have work.")
     allow_upstreams: tuple[Label, ...] = _setting(
-        "The upstreams that its clients may choose by name, with `x-tfy-provider-name`.",
+        "The upstreams that its clients may choose by name, with `x-tfy-provider-name`; those "
+        "of a `group` cannot be chosen.",
         "a list of names of [[upstreams]]",
         default=(),
     )
@@ -743,13 +744,9 @@ def _check_kinds(settings: Settings, told: Callable[..., str]) -> None:
                     f"{told('upstreams', index, name)}; it must not be set for the kind "
                     f"{upstream.kind}, which does not read it."
                 )
-        is_classic = upstream.kind == "azure" and azure.is_classic(upstream.base_url)
-        if is_classic and upstream.api_version is None:
-            raise InvalidSettings(
-                f"{told('upstreams', index, 'base_url')}; it must end in /v1, or "
-                f"upstreams[{index}].api_version must be set, such as 2024-10-21: without /v1 "
-                "Azure takes nothing that names no version."
-            )
+        is_azure = upstream.kind == "azure"
+        if is_azure and (fault := azure.find_fault(upstream.base_url, upstream.api_version)):
+            raise InvalidSettings(f"{told('upstreams', index, 'base_url')}; {fault}.")
         for name in kind.needs:
             if upstream.mode != "lines" and getattr(upstream, name) is None:
                 raise InvalidSettings(

@@ -9,7 +9,7 @@ from penstock.checkup import Verdict, check_batches, check_upstream
 from penstock.executor.native import NativePolicy
 from penstock.model import BatchStatus
 from penstock.settings import Upstream
-from penstock.upstream.azure import locate
+from penstock.upstream.azure import find_fault, is_version, locate
 from penstock.upstream.openai_http import OpenAIHttpUpstream, make_reqwest
 from tests.integration.bench import Bench, ids, line, until
 from tests.providers.dialects import AzureProvider, ClassicAzureProvider
@@ -109,3 +109,47 @@ async def test_the_address_of_a_deployment_goes_through_the_other_transport_too(
 )
 def test_where_a_line_is_sent(endpoint: str, body: bytes, path: str) -> None:
     assert locate(endpoint, body) == path
+
+
+@pytest.mark.parametrize("prefix", ["", ":8443", "/proxy", "/v1/openai/of"])
+@pytest.mark.parametrize(
+    ("path", "version"),
+    [("/openai/v1", None), ("/openai/v1/", VERSION), ("/openai", VERSION), ("/openai/", "v1")],
+)
+def test_an_address_may_be_that_of_either_surface(
+    prefix: str, path: str, version: str | None
+) -> None:
+    assert find_fault(f"https://a.example{prefix}{path}", version) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "version", "meant"),
+    [
+        ("", None, "/openai/v1"),
+        ("", VERSION, "/openai"),
+        ("/v1", None, "/openai/v1"),
+        ("/proxy", None, "/proxy/openai/v1"),
+        ("/proxy/v1", VERSION, "/proxy/openai"),
+        ("/openai/deployments/gpt", VERSION, "/openai"),
+        ("/proxy/openai/deployments/gpt", None, "/proxy/openai/v1"),
+        ("/OpenAI/v1", None, "/openai/v1"),
+        ("/notopenai", VERSION, "/notopenai/openai"),
+    ],
+)
+def test_another_address_is_refused_with_the_one_that_was_meant(
+    path: str, version: str | None, meant: str
+) -> None:
+    fault = find_fault(f"https://user:secret@a.example:8443{path}", version)
+
+    assert fault is not None
+    assert fault.endswith(f"; https://a.example:8443{meant} is probably meant")
+
+
+@pytest.mark.parametrize("text", [VERSION, "2025-04-01-preview", "v1", "a_b.c", "x" * 64])
+def test_a_version_may_look_so(text: str) -> None:
+    assert is_version(text)
+
+
+@pytest.mark.parametrize("text", ["", "soon & late", "1&x=2", "x" * 65, "2024-10-21\n", "\xe9"])
+def test_a_version_may_not_look_so(text: str) -> None:
+    assert not is_version(text)

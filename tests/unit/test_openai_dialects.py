@@ -10,9 +10,10 @@ from msgspec.structs import replace as with_fields
 
 from penstock.errors import JobRefused
 from penstock.testing.native import KEY, BatchUpstreamContract
+from penstock.upstream.azure import VERSION_HEADER
 from penstock.upstream.base import BatchUpstream, NativeJob, NativeState
 from penstock.upstream.kinds import KINDS
-from penstock.upstream.openai_batch import API_VERSION, DIALECTS, OpenAIBatchUpstream
+from penstock.upstream.openai_batch import DIALECTS, OpenAIBatchUpstream
 from tests.providers import openai_server
 from tests.providers.dialects import (
     AzureProvider,
@@ -63,7 +64,7 @@ class TestClassicAzure(DialectContract):
     server, kind = ClassicAzureProvider, "azure"
 
     def job(self, upstream: BatchUpstream, key: str = "nat-0123456789-1") -> NativeJob:
-        version = {API_VERSION: ClassicAzureProvider.version}
+        version = {VERSION_HEADER: ClassicAzureProvider.version}
         return with_fields(super().job(upstream, key), parameters=version)
 
     async def test_without_its_version_it_lets_nobody_in(
@@ -85,7 +86,7 @@ class TestClassicAzure(DialectContract):
             api_version=ClassicAzureProvider.version,
         )
         silent = with_fields(self.job(upstream), parameters={})
-        wrong = with_fields(silent, parameters={API_VERSION: "2020-01-01"})
+        wrong = with_fields(silent, parameters={VERSION_HEADER: "2020-01-01"})
 
         assert await self.submit(upstream, silent) in provider.batches
         with pytest.raises(JobRefused):
@@ -95,7 +96,7 @@ class TestClassicAzure(DialectContract):
     async def test_a_version_is_no_way_into_the_address(
         self, upstream: OpenAIBatchUpstream
     ) -> None:
-        odd = {API_VERSION: "2024-10-21&x=/../#"}
+        odd = {VERSION_HEADER: "2024-10-21&x=/../#"}
 
         with pytest.raises(JobRefused):
             await self.submit(upstream, with_fields(self.job(upstream), parameters=odd))
@@ -128,7 +129,7 @@ class TestGroq(DialectContract):
     async def test_a_version_for_azure_is_told_to_nobody_else(
         self, provider: OpenAIProvider, upstream: OpenAIBatchUpstream
     ) -> None:
-        job = with_fields(self.job(upstream), parameters={API_VERSION: "2024-10-21"})
+        job = with_fields(self.job(upstream), parameters={VERSION_HEADER: "2024-10-21"})
 
         assert await self.submit(upstream, job) in provider.batches
 
@@ -149,5 +150,5 @@ class TestTogether(DialectContract):
 
 
 def test_what_clients_may_say_of_azure_is_the_version_of_its_api() -> None:
-    assert KINDS["azure"].job_headers == {API_VERSION}
+    assert KINDS["azure"].job_headers == {VERSION_HEADER}
     assert all(not KINDS[kind].job_headers for kind in ("openai", "groq", "together"))

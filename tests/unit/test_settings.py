@@ -265,8 +265,16 @@ def test_variables_of_the_client_and_of_kubernetes_are_passed_over(
          "penstock, which takes batches and no single lines."),
         ('[[upstreams]]\nname = "a"\nkind = "azure"\nbase_url = "https://a.example/openai"',
          'upstreams[0].base_url is "https://a.example/openai" (file penstock.toml); it must '
-         "end in /v1, or upstreams[0].api_version must be set, such as 2024-10-21: without /v1 "
-         "Azure takes nothing that names no version."),
+         "end in /openai/v1, or api_version must be set beside it, such as 2024-10-21: without "
+         "/v1 Azure takes nothing that names no version."),
+        ('[[upstreams]]\nname = "a"\nkind = "azure"\nbase_url = "https://a.example/"',
+         'upstreams[0].base_url is "https://a.example" (file penstock.toml); with kind azure '
+         "it must end in /openai/v1, or in /openai where api_version is set; "
+         "https://a.example/openai/v1 is probably meant."),
+        ('[[upstreams]]\nname = "a"\nkind = "azure"\nbase_url = "https://a.example/openai"\n'
+         'api_version = "soon & late"', 'upstreams[0].api_version is "soon & late" (file '
+         "penstock.toml); it must be 1 to 64 letters, digits, dots, dashes or underscores, "
+         "such as 2024-10-21."),
         (UPSTREAM + 'api_version = "2024-10-21"', 'upstreams[0].api_version is "2024-10-21" '
          "(file penstock.toml); it must not be set for the kind openai, which does not read "
          "it."),

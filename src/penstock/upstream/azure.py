@@ -1,13 +1,21 @@
-"""Where Azure OpenAI takes lines on its classic surface: the deployment stands in the address.
+"""How Azure OpenAI is addressed: by which surface, and in which version of its API. On the
+classic surface the deployment of a line stands in the address.
 
 Source: https://learn.microsoft.com/azure/foundry/openai/reference, and what OpenAI's client for
 Azure does, 25 November 2026.
 """
 
-from urllib.parse import quote, urlsplit
+import re
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import msgspec
 
+VERSION_HEADER = "x-tfy-azure-api-version"
+"""The header with which a client names the version of Azure's API."""
+VERSION = "1 to 64 letters, digits, dots, dashes or underscores, such as 2024-10-21"
+"""What a version of Azure's API must be."""
+_SURFACE = "/openai/v1"
+_CLASSIC = "/openai"
 _BY_DEPLOYMENT = frozenset(
     {
         "/v1/chat/completions",
@@ -22,8 +30,50 @@ _BY_DEPLOYMENT = frozenset(
 
 def is_classic(base_url: str) -> bool:
     """Whether that is the surface of old, whose paths have no `/v1`."""
-    path = urlsplit(base_url).path.rstrip("/")
-    return bool(path) and not path.endswith("/v1")  # which one without a path is given
+    return _path(base_url).endswith(_CLASSIC)
+
+
+def find_fault(base_url: str, api_version: str | None) -> str | None:
+    """What an address must be that cannot be used with that version; None if it can."""
+    if is_classic(base_url) and api_version is None:
+        return (
+            f"it must end in {_SURFACE}, or api_version must be set beside it, such as "
+            "2024-10-21: without /v1 Azure takes nothing that names no version"
+        )
+    if not _path(base_url).endswith((_SURFACE, _CLASSIC)):
+        meant = _meant(base_url, _CLASSIC if api_version else _SURFACE)
+        return (
+            f"with kind azure it must end in {_SURFACE}, or in {_CLASSIC} where api_version is "
+            f"set; {meant} is probably meant"
+        )
+    return None
+
+
+def _path(base_url: str) -> str:
+    return urlsplit(base_url).path.rstrip("/")
+
+
+def _meant(base_url: str, surface: str) -> str:
+    """The address of a surface, behind the prefix of a proxy if there is one."""
+    prefix = re.sub(r"(/openai(/.*)?|/v1)$", "", _path(base_url), flags=re.I)
+    parts = urlsplit(base_url)
+    host = parts.netloc.rpartition("@")[2]  # without a password
+    return urlunsplit((parts.scheme, host, prefix + surface, "", ""))
+
+
+def is_version(text: str) -> bool:
+    """Whether `text` can be a version of Azure's API; which ones there are, Azure knows."""
+    return re.fullmatch(r"[\w.-]{1,64}", text, re.A) is not None
+
+
+def read_version(value: object) -> str:
+    """
+    Raises:
+        ValueError: It cannot be a version of Azure's API.
+    """
+    if not isinstance(value, str) or not is_version(value):
+        raise ValueError
+    return value
 
 
 def version_query(api_version: str | None) -> str:

@@ -15,7 +15,7 @@ import msgspec
 
 from penstock.errors import JobNotTaken, JobRefused, PenstockError, UpstreamDown
 from penstock.model import ENDPOINTS
-from penstock.upstream.azure import is_classic
+from penstock.upstream.azure import VERSION_HEADER, is_classic
 from penstock.upstream.base import (
     BatchLimits,
     Details,
@@ -34,8 +34,6 @@ from penstock.upstream.provider_http import NoConnection, ProviderAnswer, Provid
 
 KEY = "penstock_job"
 """The name of our key in a batch's metadata."""
-API_VERSION = "x-tfy-azure-api-version"
-"""The header with which a client names the version of Azure's API."""
 INPUT, OUTPUT, ERRORS = "input_file_id", "output_file_id", "error_file_id"
 _PAGE = 100
 _SLACK_S = 3600.0
@@ -227,7 +225,7 @@ class OpenAIBatchUpstream:
 
     def _at(self, job: NativeJob, path: str) -> str:
         """A path, with the version of the API that the client names for this job."""
-        asked = job.parameters.get(API_VERSION) if self._dialect.is_azure else None
+        asked = job.parameters.get(VERSION_HEADER) if self._dialect.is_azure else None
         version = asked or self._api_version
         return path if version is None else f"{path}?api-version={quote(version, safe='')}"
 
