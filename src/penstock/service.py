@@ -49,6 +49,7 @@ from penstock.model import (
 from penstock.prices import CostItem, PriceBook
 from penstock.refusals import check_text, quoted, unsupported
 from penstock.store.base import BatchFilter, Page, Store
+from penstock.upstream import azure
 
 _log = structlog.get_logger()
 
@@ -142,6 +143,8 @@ class ProviderHeaders:
     """The value of `x-tfy-provider-name`; None if there is none."""
     parameters: Mapping[str, str]
     """The other headers for providers, by name in lower case."""
+    repeated: tuple[str, ...] = ()
+    """Which of all these the request has more than once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +190,7 @@ class Service:
         prices: PriceBook | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._choices = choices or {}
+        self._choices: Mapping[ProjectId, UpstreamChoices] = {} if choices is None else choices
         self._prices = prices or PriceBook()
         self._store = store
         self._blobs = blobs
@@ -624,25 +627,34 @@ def _choose(
     """The upstream that is asked for and what is to be known of it; empty if none is."""
     if provider is None or not choices:
         return ()
+    for name in provider.repeated:
+        raise _unfit_header(name, "it is given more than once.")
     if provider.name is None:
         for name in provider.parameters:
             raise _unfit_header(name, f"it is of use only together with '{PROVIDER_NAME}'.")
         return ()
+    if not provider.name:
+        raise _unfit_header(PROVIDER_NAME, "it is empty.")
     choice = choices.get(provider.name)
     if choice is None:
         allowed = ", ".join(sorted(choices))
         told = f"'{quoted(provider.name)}'. This project may choose {allowed}."
         raise _unfit_header(PROVIDER_NAME, told)
     for name, value in provider.parameters.items():
-        if name not in choice.headers:
-            allowed = ", ".join(sorted(choice.headers))
-            told = f"the upstream '{provider.name}' understands {allowed}."
-            raise _unfit_header(name, told)
-        if not value:
-            raise _unfit_header(name, "it is empty.")
-        if name in (PROVIDER_MODEL, BEDROCK_MODEL):
-            _check_model(name, value, provider.name, choice)
+        _check_header(name, value, provider.name, choice)
     return provider.name, dict(provider.parameters)
+
+
+def _check_header(name: str, value: str, upstream: str, choice: UpstreamChoice) -> None:
+    if name not in choice.headers:
+        allowed = ", ".join(sorted(choice.headers))
+        raise _unfit_header(name, f"the upstream '{upstream}' understands {allowed}.")
+    if not value:
+        raise _unfit_header(name, "it is empty.")
+    if name in (PROVIDER_MODEL, BEDROCK_MODEL):
+        _check_model(name, value, upstream, choice)
+    if name == azure.VERSION_HEADER and not azure.is_version(value):
+        raise _unfit_header(name, f"'{quoted(value)}'. It must be {azure.VERSION}.")
 
 
 def _check_model(header: str, model: str, upstream: str, choice: UpstreamChoice) -> None:

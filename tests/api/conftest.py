@@ -41,7 +41,7 @@ from penstock.model import (
     Usage,
     slice_id,
 )
-from penstock.service import Service, ServiceLimits
+from penstock.service import Service, ServiceLimits, UpstreamChoices
 from penstock.store.base import BatchChange, SliceReport
 from penstock.store.sql import SqlStore
 from penstock.telemetry import Health, Metrics
@@ -82,6 +82,8 @@ class Server:
         self.blob_folder = folder / "blobs"
         self.segments = LocalSegments(folder / "segments")
         self.health = Health()
+        self.choices: dict[ProjectId, UpstreamChoices] = {}
+        """The upstreams that projects may choose."""
         self._open_project = open_project
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
@@ -136,6 +138,7 @@ class Server:
             partial=PartialResults(store=self.store, segments=self.segments),
             upstreams=Routes([Route(name="local", upstreams=(Upstream(),), models=("*",))]),
             limits=LIMITS,
+            choices=self.choices,
         )
 
         @asynccontextmanager

@@ -23,7 +23,7 @@ from penstock.api.wire import (
 from penstock.errors import InvalidRequest
 from penstock.model import BEDROCK_MODEL, PROVIDER_MODEL, BatchStatus
 from penstock.refusals import wrong_type
-from penstock.service import MAX_JOB_NAME_CHARS, ProviderHeaders
+from penstock.service import MAX_JOB_NAME_CHARS, PROVIDER_NAME, ProviderHeaders
 from penstock.store.base import BatchFilter
 
 METADATA_HEADER = "x-tfy-metadata"
@@ -232,8 +232,12 @@ async def _as_array(lines: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 def _read_provider(request: Request, name: str | None) -> ProviderHeaders:
     headers = request.headers
-    parameters = {each: headers[each] for each in PROVIDER_HEADERS if each in headers}
-    return ProviderHeaders(name=name or None, parameters=parameters)
+    names = (PROVIDER_NAME, *PROVIDER_HEADERS)
+    return ProviderHeaders(
+        name=name,
+        parameters={each: headers[each] for each in PROVIDER_HEADERS if each in headers},
+        repeated=tuple(each for each in names if len(headers.getlist(each)) > 1),
+    )
 
 
 def _asked_metadata(request: Request) -> dict[str, str]:
