@@ -139,10 +139,17 @@ def test_an_address_may_be_that_of_either_surface(
 def test_another_address_is_refused_with_the_one_that_was_meant(
     path: str, version: str | None, meant: str
 ) -> None:
-    fault = find_fault(f"https://user:secret@a.example:8443{path}", version)
+    fault = find_fault(f"https://user:secret@a.openai.azure.com:8443{path}", version)
 
     assert fault is not None
-    assert fault.endswith(f"; https://a.example:8443{meant} is probably meant")
+    assert fault.endswith(f"; https://a.openai.azure.com:8443{meant} is probably meant")
+
+
+@pytest.mark.parametrize("path", ["", "/", "/v1", "/proxy/v1/"])
+def test_a_proxy_may_have_the_surface_elsewhere(path: str) -> None:
+    assert find_fault(f"https://a.example{path}", None) is None
+    assert find_fault("https://a.example/proxy", None) is not None
+    assert find_fault("https://a.example/openai/deployments/gpt", VERSION) is not None
 
 
 @pytest.mark.parametrize("text", [VERSION, "2025-04-01-preview", "v1", "a_b.c", "x" * 64])

@@ -267,10 +267,10 @@ def test_variables_of_the_client_and_of_kubernetes_are_passed_over(
          'upstreams[0].base_url is "https://a.example/openai" (file penstock.toml); it must '
          "end in /openai/v1, or api_version must be set beside it, such as 2024-10-21: without "
          "/v1 Azure takes nothing that names no version."),
-        ('[[upstreams]]\nname = "a"\nkind = "azure"\nbase_url = "https://a.example/"',
-         'upstreams[0].base_url is "https://a.example" (file penstock.toml); with kind azure '
+        ('[[upstreams]]\nname = "a"\nkind = "azure"\nbase_url = "https://a.azure.com/"',
+         'upstreams[0].base_url is "https://a.azure.com" (file penstock.toml); with kind azure '
          "it must end in /openai/v1, or in /openai where api_version is set; "
-         "https://a.example/openai/v1 is probably meant."),
+         "https://a.azure.com/openai/v1 is probably meant."),
         ('[[upstreams]]\nname = "a"\nkind = "azure"\nbase_url = "https://a.example/openai"\n'
          'api_version = "soon & late"', 'upstreams[0].api_version is "soon & late" (file '
          "penstock.toml); it must be 1 to 64 letters, digits, dots, dashes or underscores, "

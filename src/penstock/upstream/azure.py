@@ -16,6 +16,8 @@ VERSION = "1 to 64 letters, digits, dots, dashes or underscores, such as 2024-10
 """What a version of Azure's API must be."""
 _SURFACE = "/openai/v1"
 _CLASSIC = "/openai"
+_HOSTS = (".azure.com", ".azure.us", ".azure.cn")
+"""The ends of Azure's own names."""
 _BY_DEPLOYMENT = frozenset(
     {
         "/v1/chat/completions",
@@ -40,13 +42,22 @@ def find_fault(base_url: str, api_version: str | None) -> str | None:
             f"it must end in {_SURFACE}, or api_version must be set beside it, such as "
             "2024-10-21: without /v1 Azure takes nothing that names no version"
         )
-    if not _path(base_url).endswith((_SURFACE, _CLASSIC)):
+    if not _is_surface(base_url):
         meant = _meant(base_url, _CLASSIC if api_version else _SURFACE)
         return (
             f"with kind azure it must end in {_SURFACE}, or in {_CLASSIC} where api_version is "
             f"set; {meant} is probably meant"
         )
     return None
+
+
+def _is_surface(base_url: str) -> bool:
+    """Whether an address may be one of a surface. Behind a proxy it may be called otherwise."""
+    path = _path(base_url)
+    if path.endswith((_SURFACE, _CLASSIC)):
+        return True
+    host = urlsplit(base_url).hostname or ""
+    return not host.endswith(_HOSTS) and (not path or path.endswith("/v1"))
 
 
 def _path(base_url: str) -> str:
