@@ -309,7 +309,7 @@ class Upstream(Table):
     )
     base_url: Annotated[str, BeforeValidator(read_base_url)] = _setting(
         "Where its API is, with `/v1` if it has one; an address without a path gets `/v1`, "
-        "and with kind `azure` it must end in `/openai/v1` or `/openai`.",
+        "and at Azure it must end in `/openai/v1` or `/openai`.",
         "an http or https URL with a host and without a query, "
         "such as http://127.0.0.1:9000/v1",
     )
