@@ -568,7 +568,7 @@ async def test_a_role_that_is_not_given_us_is_no_crash(
 def test_without_botocore_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "botocore.auth", None)
 
-    with pytest.raises(InvalidSettings, match=r"install penstock\[bedrock\]"):
+    with pytest.raises(InvalidSettings, match=r"install the extra bedrock"):
         open_upstream(None, None, "s3://bucket")
 
 

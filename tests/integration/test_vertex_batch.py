@@ -487,7 +487,7 @@ async def test_an_id_that_is_none_of_googles_is_refused(upstream: VertexBatchUps
 def test_without_google_auth_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "google.auth", None)
 
-    with pytest.raises(InvalidSettings, match=r"install penstock\[vertex\]"):
+    with pytest.raises(InvalidSettings, match=r"install the extra vertex"):
         open_upstream(None, "bucket")
 
 
