@@ -14,7 +14,6 @@ import math
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
@@ -25,7 +24,6 @@ from penstock.errors import (
     InvalidSettings,
     JobNotTaken,
     JobRefused,
-    PenstockError,
     UpstreamDown,
 )
 from penstock.upstream.aws import AwsSigner
@@ -42,9 +40,10 @@ from penstock.upstream.base import (
     Reply,
 )
 from penstock.upstream.cloud_storage import (
+    INPUT,
     CloudStorage,
     Place,
-    is_bucket,
+    job_place,
     open_s3,
     parse_place,
 )
@@ -175,16 +174,7 @@ class BedrockBatchUpstream:
     async def submit(self, job: NativeJob, records: AsyncIterator[bytes], note: Note) -> str:
         place = self._job_place(job)
         await note({BUCKET: place.bucket})
-        try:
-            await self._storage.write_lines(place.inside("input.jsonl"), records)
-        except UpstreamDown as error:  # a file alone is no job
-            raise JobNotTaken(str(error), retry_after_s=error.retry_after_s) from error
-        try:
-            return await self._create(job, place)
-        except (JobNotTaken, JobRefused):
-            with suppress(PenstockError):
-                await self._storage.delete_all(place)
-            raise
+        return await self._storage.hand_in(place, records, lambda: self._create(job, place))
 
     async def _create(self, job: NativeJob, place: Place) -> str:
         hours = math.ceil((job.expires_at - time.time()) / 3600)
@@ -196,11 +186,11 @@ class BedrockBatchUpstream:
             "inputDataConfig": {
                 "s3InputDataConfig": {
                     "s3InputFormat": "JSONL",
-                    "s3Uri": _uri(place.inside("input.jsonl")),
+                    "s3Uri": place.inside(INPUT).url("s3"),
                 }
             },
             "outputDataConfig": {
-                "s3OutputDataConfig": {"s3Uri": _uri(place.inside("output")) + "/"}
+                "s3OutputDataConfig": {"s3Uri": place.inside("output").url("s3") + "/"}
             },
             "timeoutDurationInHours": min(max(hours, _HOURS[0]), _HOURS[1]),
         }
@@ -215,7 +205,7 @@ class BedrockBatchUpstream:
         except NoConnection as error:
             raise JobNotTaken(str(error)) from error
         self._refuse(answer, "create a job")
-        return self._read(answer, _Created).jobArn
+        return self._http.read(answer, _Created).jobArn
 
     async def find(self, job: NativeJob, details: Details, *, since: float) -> str | None:
         if BUCKET not in details:
@@ -238,7 +228,7 @@ class BedrockBatchUpstream:
         while True:
             answer = await self._call("GET", "/model-invocation-jobs", query=query)
             self._must_answer(answer, "list its jobs")
-            page = self._read(answer, _Page)
+            page = self._http.read(answer, _Page)
             for found in page.invocationJobSummaries:
                 yield found
             if not page.nextToken or page.nextToken == query.get("nextToken"):
@@ -248,7 +238,7 @@ class BedrockBatchUpstream:
     async def check(self, job: NativeJob, native_id: str) -> NativeStatus:
         answer = await self._call("GET", f"{_PATH}/{_short_id(native_id)}")
         self._must_answer(answer, f"know the job {native_id}")
-        found = self._read(answer, _Invocation)
+        found = self._http.read(answer, _Invocation)
         place = self._job_place(job)
         return NativeStatus(
             state=_STATES.get(found.status, NativeState.RUNNING),
@@ -292,17 +282,7 @@ class BedrockBatchUpstream:
         await self._http.close()
 
     def _job_place(self, job: NativeJob) -> Place:
-        """The folder of a job.
-
-        Raises:
-            JobRefused: The bucket that the client asks for cannot be one.
-        """
-        bucket = job.parameters.get(BUCKET_HEADER)
-        if bucket is not None and not is_bucket(bucket):
-            raise JobRefused(
-                f"The header {BUCKET_HEADER} is {bucket!r}; it must be a bucket's name."
-            )
-        return Place(bucket or self._place.bucket, self._place.path).inside(job.key)
+        return job_place(job, self._place, header=BUCKET_HEADER)
 
     async def _call(
         self, method: str, path: str, *, query: Mapping[str, str] | None = None
@@ -348,15 +328,6 @@ class BedrockBatchUpstream:
         except JobNotTaken as error:
             raise UpstreamDown(str(error), retry_after_s=error.retry_after_s) from error
 
-    def _read(self, answer: ProviderAnswer, type_: type[T]) -> T:
-        try:
-            return msgspec.json.decode(answer.body, type=type_)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise UpstreamDown(
-                f"The upstream {self.name} answered with something else than was asked for: "
-                f"{self._http.quote(answer)}"
-            ) from error
-
 
 def read_result(text: bytes, job: NativeJob, *, created_at: int) -> NativeResult | None:
     """What a line of an output file says; None if it says of no record."""
@@ -394,10 +365,6 @@ def _record_id(custom_id: str) -> bytes:
 def _short_id(native_id: str) -> str:
     """What an ARN ends with, which stands for it in a path."""
     return quote(native_id.rpartition("/")[2], safe="")
-
-
-def _uri(place: Place) -> str:
-    return f"s3://{place.bucket}/{place.path}"
 
 
 _encode = msgspec.json.encode

@@ -5,7 +5,15 @@ storage has never taken a job, so whoever submits may try again.
 """
 
 import re
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Sequence,
+)
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,7 +22,14 @@ from obstore.exceptions import BaseError, PermissionDeniedError
 from obstore.store import GCSStore, S3Store
 
 from penstock import __version__
-from penstock.errors import InvalidSettings, JobRefused, UpstreamDown
+from penstock.errors import (
+    InvalidSettings,
+    JobNotTaken,
+    JobRefused,
+    PenstockError,
+    UpstreamDown,
+)
+from penstock.upstream.base import NativeJob
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -27,6 +42,8 @@ if TYPE_CHECKING:
         S3CredentialProvider,
     )
 
+INPUT = "input.jsonl"
+"""What the lines of a job are called in its folder."""
 _PIECE_BYTES = 1 << 20
 _PART_BYTES = 16 << 20
 """Of an upload in parts; 10,000 of them make 160 GB."""
@@ -50,6 +67,9 @@ class Place(NamedTuple):
     bucket: str
     path: str
     """Without a slash at either end; empty for the bucket as a whole."""
+
+    def url(self, scheme: str) -> str:
+        return f"{scheme}://{self.bucket}/{self.path}"
 
     def inside(self, *names: str) -> "Place":
         return Place(self.bucket, "/".join(part for part in (self.path, *names) if part))
@@ -87,6 +107,22 @@ def is_bucket(name: str) -> bool:
     return _BUCKET.fullmatch(name) is not None
 
 
+def job_place(job: NativeJob, place: Place, *, header: str) -> Place:
+    """The folder of a job.
+
+    Args:
+        place: Where files lie unless the client asks for a bucket.
+        header: With which it does.
+
+    Raises:
+        JobRefused: What it asks for cannot be a bucket.
+    """
+    bucket = job.parameters.get(header)
+    if bucket is not None and not is_bucket(bucket):
+        raise JobRefused(f"The header {header} is {bucket!r}; it must be a bucket's name.")
+    return Place(bucket or place.bucket, place.path).inside(job.key)
+
+
 class CloudStorage:
     """The buckets of one cloud that an upstream may use; each is opened when it is needed.
 
@@ -99,6 +135,37 @@ class CloudStorage:
         self._name = name
         self._open = open_bucket
         self._stores: dict[str, S3Store | GCSStore] = {}
+
+    async def hand_in(
+        self,
+        place: Place,
+        records: AsyncIterator[bytes],
+        create: Callable[[], Awaitable[str]],
+    ) -> str:
+        """Keep the lines of a job in its folder and have it created; of one that is not taken
+        nothing is left there.
+
+        Args:
+            place: The job's folder.
+            create: Asks the provider to take the job, whose lines are in `INPUT` there.
+
+        Returns:
+            What `create` does.
+
+        Raises:
+            JobNotTaken: The lines cannot be kept now.
+            JobRefused: They never can be.
+        """
+        try:
+            await self.write_lines(place.inside(INPUT), records)
+        except UpstreamDown as error:  # a file alone is no job
+            raise JobNotTaken(str(error), retry_after_s=error.retry_after_s) from error
+        try:
+            return await create()
+        except (JobNotTaken, JobRefused):
+            with suppress(PenstockError):
+                await self.delete_all(place)
+            raise
 
     async def write_lines(self, place: Place, records: AsyncIterator[bytes]) -> None:
         """Keep records as a file of lines, in place of one that is there.

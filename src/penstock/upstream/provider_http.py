@@ -293,15 +293,18 @@ class ProviderHttp:
         except JobNotTaken as error:
             raise UpstreamDown(str(error), retry_after_s=error.retry_after_s) from error
 
-    def read(self, answer: ProviderAnswer, type_: type[T]) -> T:
+    def read(self, answer: ProviderAnswer, type_: type[T], *, strict: bool = True) -> T:
         """What a successful answer says.
+
+        Args:
+            strict: Whether numbers must be such; some providers write large ones as texts.
 
         Raises:
             UpstreamDown: It is something else.
         """
         try:
             answer.body.decode()
-            return msgspec.json.decode(answer.body, type=type_)
+            return msgspec.json.decode(answer.body, type=type_, strict=strict)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise UpstreamDown(
                 f"{self._name} answered with something else than was asked for: "

@@ -10,7 +10,6 @@ Sources: the pages on batch inference that `docs/providers.md` names, 25 Novembe
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote, urlencode
@@ -21,7 +20,6 @@ from penstock.errors import (
     InvalidSettings,
     JobNotTaken,
     JobRefused,
-    PenstockError,
     UpstreamDown,
 )
 from penstock.upstream.base import (
@@ -36,9 +34,10 @@ from penstock.upstream.base import (
     Reply,
 )
 from penstock.upstream.cloud_storage import (
+    INPUT,
     CloudStorage,
     Place,
-    is_bucket,
+    job_place,
     open_gcs,
     parse_place,
 )
@@ -160,16 +159,9 @@ class VertexBatchUpstream:
     async def submit(self, job: NativeJob, records: AsyncIterator[bytes], note: Note) -> str:
         place, region = self._job_place(job), self._job_region(job)
         await note({BUCKET: place.bucket})
-        try:
-            await self._storage.write_lines(place.inside("input.jsonl"), records)
-        except UpstreamDown as error:  # a file alone is no job
-            raise JobNotTaken(str(error), retry_after_s=error.retry_after_s) from error
-        try:
-            return await self._create(job, place, region)
-        except (JobNotTaken, JobRefused):
-            with suppress(PenstockError):
-                await self._storage.delete_all(place)
-            raise
+        return await self._storage.hand_in(
+            place, records, lambda: self._create(job, place, region)
+        )
 
     async def _create(self, job: NativeJob, place: Place, region: str) -> str:
         try:
@@ -182,11 +174,11 @@ class VertexBatchUpstream:
             "labels": {JOB_LABEL: job.key},
             "inputConfig": {
                 "instancesFormat": "jsonl",
-                "gcsSource": {"uris": [_uri(place.inside("input.jsonl"))]},
+                "gcsSource": {"uris": [place.inside(INPUT).url("gs")]},
             },
             "outputConfig": {
                 "predictionsFormat": "jsonl",
-                "gcsDestination": {"outputUriPrefix": _uri(place.inside("output"))},
+                "gcsDestination": {"outputUriPrefix": place.inside("output").url("gs")},
             },
         }
         try:
@@ -199,7 +191,7 @@ class VertexBatchUpstream:
         except NoConnection as error:
             raise JobNotTaken(str(error)) from error
         http.refuse(answer, "create a job")
-        return self._read(answer, _Job).name
+        return http.read(answer, _Job, strict=False).name
 
     async def find(self, job: NativeJob, details: Details, *, since: float) -> str | None:
         del since  # the label is not used again, and told apart by Google
@@ -210,7 +202,7 @@ class VertexBatchUpstream:
         while True:
             answer = await self._call(region, "GET", self._jobs(region), query=query)
             self._must_answer(answer, "list its jobs")
-            page = self._read(answer, _Page)
+            page = self._http(region).read(answer, _Page, strict=False)
             for found in page.batchPredictionJobs:
                 if found.labels.get(JOB_LABEL) == job.key:
                     return found.name
@@ -219,9 +211,10 @@ class VertexBatchUpstream:
             query["pageToken"] = page.nextPageToken
 
     async def check(self, job: NativeJob, native_id: str) -> NativeStatus:
-        answer = await self._call(self._job_region(job), "GET", self._path(native_id))
+        region = self._job_region(job)
+        answer = await self._call(region, "GET", self._path(native_id))
         self._must_answer(answer, f"know the job {native_id}")
-        found = self._read(answer, _Job)
+        found = self._http(region).read(answer, _Job, strict=False)
         place = self._job_place(job)
         output = (found.outputInfo or _OutputInfo()).gcsOutputDirectory
         _, _, path = output.removeprefix("gs://").partition("/")
@@ -271,17 +264,7 @@ class VertexBatchUpstream:
             await http.close()
 
     def _job_place(self, job: NativeJob) -> Place:
-        """The folder of a job.
-
-        Raises:
-            JobRefused: The bucket that the client asks for cannot be one.
-        """
-        bucket = job.parameters.get(BUCKET_HEADER)
-        if bucket is not None and not is_bucket(bucket):
-            raise JobRefused(
-                f"The header {BUCKET_HEADER} is {bucket!r}; it must be a bucket's name."
-            )
-        return Place(bucket or self._place.bucket, self._place.path).inside(job.key)
+        return job_place(job, self._place, header=BUCKET_HEADER)
 
     def _job_region(self, job: NativeJob) -> str:
         """Where a job runs.
@@ -350,16 +333,6 @@ class VertexBatchUpstream:
         except JobNotTaken as error:
             raise UpstreamDown(str(error), retry_after_s=error.retry_after_s) from error
 
-    def _read(self, answer: ProviderAnswer, type_: type[T]) -> T:
-        try:
-            return msgspec.json.decode(answer.body, type=type_, strict=False)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            quoted = self._http(self._region).quote(answer)
-            raise UpstreamDown(
-                f"The upstream {self.name} answered with something else than was asked for: "
-                f"{quoted}"
-            ) from error
-
 
 def _models(job: NativeJob) -> tuple[str, str]:
     """The model of a job as Google's resource and by its short name.
@@ -378,10 +351,6 @@ def _models(job: NativeJob) -> tuple[str, str]:
             f"{_PUBLISHER}gemini-2.5-flash and tuned models by their resource.",
         )
     return _PUBLISHER + named, named
-
-
-def _uri(place: Place) -> str:
-    return f"gs://{place.bucket}/{place.path}"
 
 
 # The wire, as far as it is read, with Google's names
