@@ -11,22 +11,18 @@ one is shown by Anthropic's own client in `tests/clients/test_provider_servers.p
 Source: https://platform.claude.com/docs/en/api/messages/batches, 25 November 2026.
 """
 
-import asyncio
-import contextlib
 import json
 import re
 import secrets
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any, Self
+from typing import Any
 
-import uvicorn
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from tests.providers.loopback import LoopbackServer
 from tests.providers.openai_server import Trouble
 
 KEY = "sk-ant-0123456789"
@@ -70,10 +66,11 @@ def echo(custom_id: str, params: dict[str, Any]) -> dict[str, Any]:
     return message(content if isinstance(content, str) else content[-1]["text"])
 
 
-class AnthropicProvider:
+class AnthropicProvider(LoopbackServer):
     """The server, on a free port of loopback."""
 
     def __init__(self, *, behave: Behave = echo) -> None:
+        super().__init__()
         self.behave = behave
         self.batches: dict[str, dict[str, Any]] = {}
         """In the order of their creation: what was paid."""
@@ -84,14 +81,11 @@ class AnthropicProvider:
         """Added to the results of each batch that ends."""
         self._results: dict[str, bytes] = {}
         self._troubles: dict[str, list[Trouble]] = {}
-        self._socket = socket.socket()
-        self._socket.bind(("127.0.0.1", 0))
-        self.root_url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self.base_url = f"{self.root_url}/v1"
 
-    async def __aenter__(self) -> Self:
+    def make_routes(self) -> list[Route]:
         root = "/v1/messages/batches"
-        routes = [
+        return [
             Route(root, self._create, methods=["POST"]),
             Route(root, self._list, methods=["GET"]),
             Route(f"{root}/{{id}}", self._get, methods=["GET"]),
@@ -101,21 +95,6 @@ class AnthropicProvider:
             Route("/v1/messages", self._message, methods=["POST"]),
             Route("/v1/models", self._models, methods=["GET"]),
         ]
-        config = uvicorn.Config(
-            Starlette(routes=routes), log_level="critical", lifespan="off", access_log=False
-        )
-        self._server = uvicorn.Server(config)
-        self._server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
-        self._task = asyncio.create_task(self._server.serve([self._socket]))
-        while not self._server.started:
-            await asyncio.sleep(0.005)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.should_exit = True
-        self._server.force_exit = True
-        await self._task
-        self._socket.close()
 
     # What tests do
 

@@ -15,30 +15,26 @@ Sources: https://docs.aws.amazon.com/bedrock/latest/APIReference/API_CreateModel
 and the pages beside it, 25 November 2026.
 """
 
-import asyncio
-import contextlib
 import functools
 import json
 import re
 import secrets
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
-from typing import Any, Self
+from typing import Any
 
 import botocore.session
-import uvicorn
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 from botocore.model import Shape
 from botocore.validate import ParamValidator
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from tests.providers.buckets import Buckets
+from tests.providers.loopback import LoopbackServer
 from tests.providers.openai_server import Trouble
 
 ACCESS_KEY, SECRET_KEY = "AKIDEXAMPLE", "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
@@ -83,7 +79,7 @@ def echo(record_id: str, model_input: dict[str, Any]) -> dict[str, Any]:
     return claude(content if isinstance(content, str) else content[-1]["text"])
 
 
-class BedrockProvider:
+class BedrockProvider(LoopbackServer):
     """The server, on a free port of loopback.
 
     Args:
@@ -91,6 +87,7 @@ class BedrockProvider:
     """
 
     def __init__(self, buckets: Buckets, *, behave: Behave = echo) -> None:
+        super().__init__()
         self.behave = behave
         self.buckets = buckets
         self.jobs: dict[str, dict[str, Any]] = {}
@@ -104,33 +101,16 @@ class BedrockProvider:
         self.min_records = 100
         self._troubles: dict[str, list[Trouble]] = {}
         self._error_types: list[str] = []
-        self._socket = socket.socket()
-        self._socket.bind(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self.url = self.root_url
 
-    async def __aenter__(self) -> Self:
+    def make_routes(self) -> list[Route]:
         job = "/model-invocation-job"
-        routes = [
+        return [
             Route(job, self._create, methods=["POST"]),
             Route("/model-invocation-jobs", self._list, methods=["GET"]),
             Route(f"{job}/{{id:path}}/stop", self._stop, methods=["POST"]),
             Route(f"{job}/{{id:path}}", self._get, methods=["GET"]),
         ]
-        config = uvicorn.Config(
-            Starlette(routes=routes), log_level="critical", lifespan="off", access_log=False
-        )
-        self._server = uvicorn.Server(config)
-        self._server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
-        self._task = asyncio.create_task(self._server.serve([self._socket]))
-        while not self._server.started:
-            await asyncio.sleep(0.005)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.should_exit = True
-        self._server.force_exit = True
-        await self._task
-        self._socket.close()
 
     # What tests do
 
@@ -314,7 +294,7 @@ def _odd_values(value: Any, shape: Shape) -> Any:
     """Where texts and numbers are not as the service's model has them."""
     if shape.type_name == "structure":
         for name, each in value.items():
-            yield from _odd_values(each, shape.members[name])  # type: ignore[attr-defined]
+            yield from _odd_values(each, shape.members[name])
     elif shape.type_name == "string":
         if (pattern := shape.metadata.get("pattern")) and not re.fullmatch(pattern, value):
             yield f"{shape.name} {value!r} should match {pattern}"

@@ -9,21 +9,18 @@ a line gets is decided by `behave`; what goes wrong on the way by `troubles`: ea
 spoils, one request to its route.
 """
 
-import asyncio
 import json
 import secrets
-import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
-import uvicorn
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from tests.providers.loopback import LoopbackServer
 from tests.upstreams import chat_completion
 
 KEY = "sk-provider-0123456789"
@@ -61,7 +58,7 @@ def echo(custom_id: str, body: dict[str, Any]) -> tuple[int, Any]:
     return 200, chat_completion(prompt)
 
 
-class OpenAIProvider:
+class OpenAIProvider(LoopbackServer):
     """The server, on a free port of loopback.
 
     What compatible providers do otherwise, a subclass says (`tests.providers.dialects`).
@@ -75,6 +72,7 @@ class OpenAIProvider:
     windows: tuple[str, ...] = ("24h",)
 
     def __init__(self, *, is_quick: bool = False, behave: Behave = echo) -> None:
+        super().__init__()
         self.behave = behave
         self.is_quick = is_quick
         """Whether a batch is completed when it is first looked at."""
@@ -96,13 +94,11 @@ class OpenAIProvider:
         self.on_call: Callable[[str], None] | None = None
         """Called with `before` or `after` and the route, as each is carried out; after it, but
         before the answer."""
-        self._socket = socket.socket()
-        self._socket.bind(("127.0.0.1", 0))
-        self.base_url = f"http://127.0.0.1:{self._socket.getsockname()[1]}{self.prefix}"
+        self.base_url = f"{self.root_url}{self.prefix}"
 
-    async def __aenter__(self) -> Self:
+    def make_routes(self) -> list[Route]:
         at = self.prefix
-        routes = [
+        return [
             Route(f"{at}{self.upload_path}", self._upload, methods=["POST"]),
             Route(f"{at}/files", self._list_files, methods=["GET"]),
             Route(f"{at}/files/{{id}}", self._get_file, methods=["GET"]),
@@ -115,21 +111,6 @@ class OpenAIProvider:
             Route(f"{at}{self.chat_path}", self._chat, methods=["POST"]),
             Route(f"{at}/models", self._models, methods=["GET"]),
         ]
-        config = uvicorn.Config(
-            Starlette(routes=routes), log_level="critical", lifespan="off", access_log=False
-        )
-        self._server = uvicorn.Server(config)
-        self._server.capture_signals = _no_signals  # type: ignore[method-assign]
-        self._task = asyncio.create_task(self._server.serve([self._socket]))
-        while not self._server.started:
-            await asyncio.sleep(0.005)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.should_exit = True
-        self._server.force_exit = True
-        await self._task
-        self._socket.close()
 
     # What a compatible provider may do otherwise
 
@@ -419,8 +400,3 @@ async def _cut(data: bytes):
     if data:
         yield data
     raise ConnectionResetError
-
-
-class _no_signals:  # noqa: N801  (in place of a method)
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...

@@ -4,37 +4,31 @@ A subclass names its routes, its key and how it says an error. What goes wrong o
 decided by `spoil`: each trouble answers, or spoils, one request to its route.
 """
 
-import asyncio
-import contextlib
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, Self
+from typing import Any
 
-import uvicorn
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from tests.providers.loopback import LoopbackServer
 from tests.providers.openai_server import Trouble
 
 Handle = Callable[[Request], Awaitable[Response]]
 
 
-class ProviderServer:
+class ProviderServer(LoopbackServer):
     """The server, on a free port of loopback, while its `async with` block runs."""
 
     base_path = "/v1"
 
     def __init__(self) -> None:
+        super().__init__()
         self.calls: list[str] = []
         """The routes that were asked, in order."""
         self.is_down = False
         """Whether every call is answered with 503."""
         self._troubles: dict[str, list[Trouble]] = {}
-        self._socket = socket.socket()
-        self._socket.bind(("127.0.0.1", 0))
-        self.root_url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self.base_url = self.root_url + self.base_path
 
     # What a subclass says
@@ -58,27 +52,12 @@ class ProviderServer:
         """Let the next requests to a route go wrong, one by one."""
         self._troubles.setdefault(route, []).extend(troubles)
 
-    async def __aenter__(self) -> Self:
-        routes = [
+    def make_routes(self) -> list[Route]:
+        return [
             Route(path, self._guard(name, handle), methods=[method])
             for name, handle in self.routes().items()
             for method, _, path in [name.partition(" ")]
         ]
-        config = uvicorn.Config(
-            Starlette(routes=routes), log_level="critical", lifespan="off", access_log=False
-        )
-        self._server = uvicorn.Server(config)
-        self._server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
-        self._task = asyncio.create_task(self._server.serve([self._socket]))
-        while not self._server.started:
-            await asyncio.sleep(0.005)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.should_exit = True
-        self._server.force_exit = True
-        await self._task
-        self._socket.close()
 
     def _guard(self, name: str, handle: Handle) -> Handle:
         async def guarded(request: Request) -> Response:

@@ -14,30 +14,26 @@ Sources: the pages on batch inference and on `batchPredictionJobs` that `docs/pr
 names, 25 November 2026.
 """
 
-import asyncio
 import base64
-import contextlib
 import functools
 import json
 import re
 import secrets
-import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qs
 
-import uvicorn
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from tests.providers.buckets import Buckets
+from tests.providers.loopback import LoopbackServer
 from tests.providers.openai_server import Trouble
 
 PROJECT, REGION = "my-project", "us-central1"
@@ -88,7 +84,7 @@ def echo(name: str, request: dict[str, Any]) -> dict[str, Any]:
     return gemini(request["contents"][-1]["parts"][-1]["text"])
 
 
-class VertexProvider:
+class VertexProvider(LoopbackServer):
     """The server, on a free port of loopback.
 
     Args:
@@ -96,6 +92,7 @@ class VertexProvider:
     """
 
     def __init__(self, buckets: Buckets, *, behave: Behave = echo) -> None:
+        super().__init__()
         self.behave = behave
         self.buckets = buckets
         self.jobs: dict[str, dict[str, Any]] = {}
@@ -110,34 +107,17 @@ class VertexProvider:
         self.file_names = ["predictions.jsonl"]
         """The files that rows are dealt out to."""
         self._troubles: dict[str, list[Trouble]] = {}
-        self._socket = socket.socket()
-        self._socket.bind(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self.url = self.root_url
 
-    async def __aenter__(self) -> Self:
+    def make_routes(self) -> list[Route]:
         jobs = "/v1/projects/{project}/locations/{location}/batchPredictionJobs"
-        routes = [
+        return [
             Route("/token", self._token, methods=["POST"]),
             Route(jobs, self._create, methods=["POST"]),
             Route(jobs, self._list, methods=["GET"]),
             Route(f"{jobs}/{{id:int}}", self._get, methods=["GET"]),
             Route(f"{jobs}/{{id:int}}:cancel", self._cancel, methods=["POST"]),
         ]
-        config = uvicorn.Config(
-            Starlette(routes=routes), log_level="critical", lifespan="off", access_log=False
-        )
-        self._server = uvicorn.Server(config)
-        self._server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
-        self._task = asyncio.create_task(self._server.serve([self._socket]))
-        while not self._server.started:
-            await asyncio.sleep(0.005)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.should_exit = True
-        self._server.force_exit = True
-        await self._task
-        self._socket.close()
 
     # What tests do
 
