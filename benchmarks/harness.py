@@ -245,7 +245,7 @@ def write_input(path: Path, lines: int, line_bytes: int, *, first: int = 0) -> N
             }
             content = f"line-{number} "
             content += "x" * (line_bytes - len(json.dumps(request)) - len(content) - 1)
-            request["body"]["messages"][0]["content"] = content  # type: ignore[index]
+            request["body"]["messages"][0]["content"] = content
             file.write(json.dumps(request) + "\n")
 
 

@@ -209,7 +209,7 @@ class Postgres:
                     message = json.loads(line).get("message", "")
                     if match := _MESSAGE.match(message):
                         text = _shape(match[3])
-                        total[text] += float(match[1])  # type: ignore[assignment]
+                        total[text] += float(match[1])
                         calls[text] += match[2] in ("execute", "statement")
         found = [Statement(text, calls[text], total[text]) for text in total]
         return sorted(found, key=lambda each: -each.total_ms)

@@ -139,7 +139,7 @@ class Load:
     data_dir: Path = Path()
     batches: list[str] = field(default_factory=list[str])
     created_lines: int = 0
-    server: harness.Process = None  # type: ignore[assignment]
+    server: harness.Process = None
 
     def start(self) -> None:
         """Start the server and the first batch."""

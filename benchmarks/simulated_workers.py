@@ -276,7 +276,7 @@ class _Worker:
         self._engine.handle(self._run_slice)
         self._feeder = Feeder(
             store=self._store,
-            engine=self._engine,  # type: ignore[arg-type]
+            engine=self._engine,
             share=self._members.share,
             pace=self._members.pace,
         )
@@ -301,13 +301,13 @@ class _Worker:
                 self._lease(),
                 find_lost_work(
                     store=self._store,
-                    engine=self._engine,  # type: ignore[arg-type]
+                    engine=self._engine,
                     lease_s=30,
                     is_first=lambda: self._members.share()[0] == 0,
                 ),
                 watch_deliveries(
                     store=self._store,
-                    engine=self._engine,  # type: ignore[arg-type]
+                    engine=self._engine,
                     pace=self._members.pace,
                 ),
             ):

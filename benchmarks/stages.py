@@ -200,7 +200,7 @@ async def finalize(space: Path, size: int) -> dict[str, object]:
             store=store,
             blobs=blobs,
             segments=segments,
-            engine=_NoEngine(),  # type: ignore[arg-type]
+            engine=_NoEngine(),
             accepts_model=lambda _model, _upstream: True,
             options=_lifecycle_options(),
             feed=lambda: None,

@@ -112,7 +112,7 @@ def test_azures_client_works(server: Server, tenant: Tenant) -> None:
     file = client.files.create(file=LINE, purpose="batch")
     batch = client.batches.create(
         input_file_id=file.id,
-        endpoint="/chat/completions",  # type: ignore[arg-type]
+        endpoint="/chat/completions",
         completion_window="24h",
     )
 

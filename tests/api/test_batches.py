@@ -196,7 +196,7 @@ def test_an_unknown_endpoint_is_refused_with_those_that_there_are(
     with pytest.raises(openai.BadRequestError) as caught:
         client.batches.create(
             input_file_id=tenant.add_input(),
-            endpoint="/v1/x",  # type: ignore[arg-type]
+            endpoint="/v1/x",
             completion_window="24h",
         )
 

@@ -318,7 +318,7 @@ def test_a_client_that_has_other_content_is_given_this(
 
 @pytest.mark.parametrize("purpose", ["assistants", "user_data"])
 def test_files_of_some_purposes_are_never_given_back(client: OpenAI, purpose: str) -> None:
-    file = client.files.create(file=b"x", purpose=purpose)  # type: ignore[arg-type]
+    file = client.files.create(file=b"x", purpose=purpose)
 
     with pytest.raises(openai.BadRequestError) as caught:
         client.files.content(file.id)

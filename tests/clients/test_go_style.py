@@ -251,7 +251,7 @@ def test_a_batch_decodes_from_its_creation_to_its_end(client: Client, inputs: Pa
     assert batch.status == "completed"
     stages = [batch.created_at, batch.in_progress_at, batch.finalizing_at, batch.completed_at]
     assert None not in stages
-    assert stages == sorted(stages)  # type: ignore[type-var]
+    assert stages == sorted(stages)
     assert batch.request_counts == Counts(4, 3, 1)
     for file_id in (batch.output_file_id, batch.error_file_id):
         assert client.decode(File, "GET", f"/v1/files/{file_id}").purpose == "batch_output"

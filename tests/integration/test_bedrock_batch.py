@@ -130,7 +130,7 @@ def open_upstream(
 ) -> BedrockBatchUpstream:
     usual = {"name": "hosted", "region": REGION, "role_arn": ROLE}
     return BedrockBatchUpstream(
-        **(usual | more),  # type: ignore[arg-type]
+        **(usual | more),
         storage=storage,
         endpoint=endpoint,
         storage_endpoint=storage_endpoint,

@@ -250,7 +250,7 @@ class Process:
         self.routes = Routes([Route(name="hosted", upstreams=(), models=("*",), native=use)])
         self.runner = NativeRunner(
             store=self.wound,
-            engine=NoEngine(),  # type: ignore[arg-type]
+            engine=NoEngine(),
             blobs=self.blobs,
             routes=self.routes,
             collector=Collector(

@@ -90,7 +90,7 @@ def create(client: OpenAI, path: Path, endpoint: str = CHAT) -> Batch:
         uploaded = client.files.create(file=file, purpose="batch")
     return client.batches.create(
         input_file_id=uploaded.id,
-        endpoint=endpoint,  # type: ignore[arg-type]
+        endpoint=endpoint,
         completion_window="24h",
     )
 

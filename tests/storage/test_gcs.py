@@ -90,7 +90,7 @@ def bucket(emulator: str) -> Bucket:
 def storage(emulator: str) -> CloudStorage:
     return CloudStorage(
         "vertex",
-        lambda name: open_gcs(name, credential_provider=credentials, endpoint=emulator),  # type: ignore[arg-type]
+        lambda name: open_gcs(name, credential_provider=credentials, endpoint=emulator),
     )
 
 
@@ -136,7 +136,7 @@ async def test_blobs_are_read_listed_and_deleted(bucket: Bucket) -> None:
         bucket.name,
         prefix="some/prefix",
         config={"base_url": bucket.url},
-        credential_provider=credentials,  # type: ignore[arg-type]
+        credential_provider=credentials,
         client_options={"allow_http": True},
     )
     blobs = ObjectBlobs(store, url=f"gs://{bucket.name}/some/prefix", takes_many_deletes=False)

@@ -54,7 +54,7 @@ class AzureContainer:
         }
         self._store = AzureStore(
             self.name,
-            config=self.options,  # type: ignore[arg-type]
+            config=self.options,
             client_options={"allow_http": True},
         )
 

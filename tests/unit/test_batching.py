@@ -100,4 +100,4 @@ def test_every_request_ends_once_and_never_more_than_the_slots_run() -> None:
 )
 def test_an_engine_that_cannot_be_is_refused(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must"):
-        EngineOptions(**options)  # type: ignore[arg-type]
+        EngineOptions(**options)

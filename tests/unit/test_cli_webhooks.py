@@ -95,7 +95,7 @@ def a_batch(number: int, project_id: Any) -> Batch:
         project_id=project_id,
         status=BatchStatus.VALIDATING,
         endpoint="/v1/embeddings",
-        input_file_id="file-1",  # type: ignore[arg-type]
+        input_file_id="file-1",
         input_blob_key="",
         completion_window="24h",
         created_at=NOON,

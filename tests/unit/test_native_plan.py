@@ -53,7 +53,7 @@ def piece(requests: int, size: int = 0, *, model: str = "m", start: int = 0) -> 
 
 def route(name: str = "hosted", pattern: str = "*", **more: Any) -> Route:
     limits = more.pop("limits", {})
-    native = NativeUse(upstream=Upstream(**limits), **more)  # type: ignore[arg-type]
+    native = NativeUse(upstream=Upstream(**limits), **more)
     return Route(name=name, upstreams=(), models=(pattern,), native=native)
 
 

@@ -69,7 +69,7 @@ def connect(base_url: str, **settings: object) -> OpenAIHttpUpstream:
         "max_concurrency": 16,
         "request_timeout_s": 10,
     }
-    return OpenAIHttpUpstream(base_url=base_url, **(defaults | settings))  # type: ignore[arg-type]
+    return OpenAIHttpUpstream(base_url=base_url, **(defaults | settings))
 
 
 async def send_to(action: Action, **settings: object) -> Reply:

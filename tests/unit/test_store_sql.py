@@ -438,7 +438,7 @@ async def test_what_is_read_often_is_read_by_index(
 ) -> None:
     batch = await start(store)
     with statements() as seen:
-        await call(store, batch.project_id)  # type: ignore[misc]
+        await call(store, batch.project_id)
 
     plan = plan_of(path, seen, "^SELECT")
     for line in index:
