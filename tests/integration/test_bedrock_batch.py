@@ -32,6 +32,7 @@ from penstock.upstream.bedrock_batch import (
 from tests.providers import bedrock_server
 from tests.providers.bedrock_server import CREATE, LIST, REGION, ROLE, BedrockProvider
 from tests.providers.buckets import Buckets
+from tests.providers.far import FarProvider
 from tests.providers.openai_server import Trouble
 
 CLAUDE = "anthropic.claude-sonnet-4-5-20250929-v1:0"
@@ -45,27 +46,13 @@ STATES = {
 }
 
 
-class FarBedrock:
+class FarBedrock(FarProvider):
     """The fake provider, as the contract kit speaks to it."""
 
-    def __init__(self, provider: BedrockProvider) -> None:
-        self._provider = provider
-
-    @property
-    def native_ids(self) -> list[str]:
-        return list(self._provider.jobs)
+    create = CREATE
 
     def custom_ids(self, native_id: str) -> list[str]:
         return [record["recordId"] for record in self._provider.records_of(native_id)]
-
-    def lose_answer(self) -> None:
-        self._provider.spoil(CREATE, Trouble(is_lost=True))
-
-    def answer_submissions(self, status: int) -> None:
-        self._provider.spoil(CREATE, Trouble(status=status))
-
-    def go_down(self) -> None:
-        self._provider.is_down = True
 
     def end(
         self,

@@ -18,6 +18,7 @@ from penstock.upstream.base import Failure, Lack, NativeJob, NativeLine, NativeS
 from penstock.upstream.fireworks_batch import FireworksBatchUpstream, read_result
 from tests.integration.bench import Bench, ids, until
 from tests.providers import fireworks_server
+from tests.providers.far import FarProvider
 from tests.providers.fireworks_server import (
     ACCOUNT,
     CHAT,
@@ -36,27 +37,13 @@ HASTY = NativePolicy(
 NAMES = [f"line-{n}" for n in range(10)]
 
 
-class FarFireworks:
+class FarFireworks(FarProvider):
     """The fake provider, as the contract kit speaks to it."""
 
-    def __init__(self, provider: FireworksProvider) -> None:
-        self._provider = provider
-
-    @property
-    def native_ids(self) -> list[str]:
-        return list(self._provider.jobs)
+    create = CREATE
 
     def custom_ids(self, native_id: str) -> list[str]:
         return [line["custom_id"] for line in self._provider.lines_of(native_id)]
-
-    def lose_answer(self) -> None:
-        self._provider.spoil(CREATE, Trouble(is_lost=True))
-
-    def answer_submissions(self, status: int) -> None:
-        self._provider.spoil(CREATE, Trouble(status=status))
-
-    def go_down(self) -> None:
-        self._provider.is_down = True
 
     def end(
         self,

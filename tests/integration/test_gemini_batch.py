@@ -22,6 +22,7 @@ from penstock.upstream.translated import TranslatedUpstream
 from penstock.upstream.translation import gemini
 from tests.integration.bench import Bench, ids, until
 from tests.providers import gemini_server
+from tests.providers.far import FarProvider
 from tests.providers.gemini_server import (
     CONTENT,
     CREATE,
@@ -42,11 +43,10 @@ HASTY = NativePolicy(
 NAMES = [f"line-{n}" for n in range(10)]
 
 
-class FarGemini:
+class FarGemini(FarProvider):
     """The fake provider, as the contract kit speaks to it."""
 
-    def __init__(self, provider: GeminiProvider) -> None:
-        self._provider = provider
+    create = CREATE
 
     @property
     def native_ids(self) -> list[str]:
@@ -54,15 +54,6 @@ class FarGemini:
 
     def custom_ids(self, native_id: str) -> list[str]:
         return [line["key"] for line in self._provider.lines_of(native_id)]
-
-    def lose_answer(self) -> None:
-        self._provider.spoil(CREATE, Trouble(is_lost=True))
-
-    def answer_submissions(self, status: int) -> None:
-        self._provider.spoil(CREATE, Trouble(status=status))
-
-    def go_down(self) -> None:
-        self._provider.is_down = True
 
     def end(
         self,

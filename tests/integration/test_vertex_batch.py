@@ -28,6 +28,7 @@ from penstock.upstream.vertex_batch import (
 )
 from tests.providers import vertex_server
 from tests.providers.buckets import Buckets
+from tests.providers.far import FarProvider
 from tests.providers.openai_server import Trouble
 from tests.providers.vertex_server import CREATE, LIST, PROJECT, REGION, TOKEN, VertexProvider
 
@@ -41,27 +42,13 @@ STATES = {
 }
 
 
-class FarVertex:
+class FarVertex(FarProvider):
     """The fake provider, as the contract kit speaks to it."""
 
-    def __init__(self, provider: VertexProvider) -> None:
-        self._provider = provider
-
-    @property
-    def native_ids(self) -> list[str]:
-        return list(self._provider.jobs)
+    create = CREATE
 
     def custom_ids(self, native_id: str) -> list[str]:
         return [vertex_server.name_of(row) for row in self._provider.rows_of(native_id)]
-
-    def lose_answer(self) -> None:
-        self._provider.spoil(CREATE, Trouble(is_lost=True))
-
-    def answer_submissions(self, status: int) -> None:
-        self._provider.spoil(CREATE, Trouble(status=status))
-
-    def go_down(self) -> None:
-        self._provider.is_down = True
 
     def end(
         self,
