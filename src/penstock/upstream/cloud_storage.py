@@ -30,6 +30,7 @@ from penstock.errors import (
     UpstreamDown,
 )
 from penstock.upstream.base import NativeJob
+from penstock.upstream.result_lines import ResultLines
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -47,9 +48,6 @@ INPUT = "input.jsonl"
 _PIECE_BYTES = 1 << 20
 _PART_BYTES = 16 << 20
 """Of an upload in parts; 10,000 of them make 160 GB."""
-_MAX_LINE_BYTES = 80 << 20
-"""The longest line of a result file; a reply has at most 64 MiB, and stands beside its
-request."""
 _TRANSFER_S = 1800.0
 _QUOTE_CHARACTERS = 300
 _FAILED = (BaseError, OSError)
@@ -226,36 +224,23 @@ class CloudStorage:
             UpstreamDown: It did not come, or not all of it.
         """
         place = Place(bucket, file.path)
-        begun: list[bytes] = []  # of the line that has not ended
-        held = size = 0
+        lines = ResultLines(f"The upstream {self._name}")
         try:
             answer = await obstore.get_async(self._store(bucket), file.path)
             async for chunk in answer.stream(min_chunk_size=_PIECE_BYTES):
-                data = bytes(chunk)
-                size += len(data)
-                if b"\n" in data:
-                    *lines, data = b"".join([*begun, data]).split(b"\n")
-                    begun, held = [], 0
-                    for line in lines:
-                        if line.strip():
-                            yield line
-                begun.append(data)
-                held += len(data)
-                if held > _MAX_LINE_BYTES:
-                    raise JobRefused(
-                        f"The upstream {self._name} wrote a line of results of more than "
-                        f"{_MAX_LINE_BYTES} bytes."
-                    )
+                for line in lines.feed(bytes(chunk)):
+                    yield line
         except FileNotFoundError as error:
             raise JobRefused(self._told(error, "give its results", place)) from None
         except _FAILED as error:
             raise UpstreamDown(self._told(error, "give its results", place)) from None
-        if size < file.bytes:
+        if lines.size < file.bytes:
             raise UpstreamDown(
-                f"The upstream {self._name} sent {size} of {file.bytes} bytes of the results."
+                f"The upstream {self._name} sent {lines.size} of {file.bytes} bytes of the "
+                "results."
             )
-        if (rest := b"".join(begun)).strip():
-            yield rest
+        for line in lines.finish():
+            yield line
 
     async def delete_all(self, place: Place) -> None:
         """Delete what lies below a place.

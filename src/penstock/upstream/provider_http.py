@@ -29,14 +29,13 @@ from penstock.upstream.openai_http import (
     parse_retry_after,
     uses_proxy,
 )
+from penstock.upstream.result_lines import ResultLines
 
 T = TypeVar("T")
 
 _ANSWER_BYTES = 8 << 20
 _QUOTE_CHARACTERS = 300
 _PIECE_BYTES = 256 << 10
-_MAX_LINE_BYTES = 80 << 20
-"""The longest line of a result file; a reply has at most 64 MiB."""
 _CALL_S = 60.0
 _TRANSFER_S = 1800.0
 _NOT_KNOWN = frozenset({408, 409, 425})
@@ -225,34 +224,21 @@ class ProviderHttp:
             async with request.build_streamed() as response:
                 if response.status != 200:
                     self.refuse(await self._read(response), "give its results")
-                begun: list[bytes] = []  # of the line that has not ended
-                held = size = 0
+                lines = ResultLines(self._name)
                 while (chunk := await response.body_reader.read(_PIECE_BYTES)) is not None:
                     data = chunk.to_bytes()
                     if not data:
                         break
-                    size += len(data)
-                    if b"\n" in data:
-                        *lines, data = b"".join([*begun, data]).split(b"\n")
-                        begun, held = [], 0
-                        for line in lines:
-                            if line.strip():
-                                yield line
-                    begun.append(data)
-                    held += len(data)
-                    if held > _MAX_LINE_BYTES:
-                        raise JobRefused(
-                            f"{self._name} sent a line of results of more than "
-                            f"{_MAX_LINE_BYTES} bytes."
-                        )
+                    for line in lines.feed(data):
+                        yield line
         except RequestError as error:
             raise self._down(error) from None
-        if least_bytes is not None and size < least_bytes:
+        if least_bytes is not None and lines.size < least_bytes:
             raise UpstreamDown(
-                f"{self._name} sent {size} of {least_bytes} bytes of the results."
+                f"{self._name} sent {lines.size} of {least_bytes} bytes of the results."
             )
-        if (rest := b"".join(begun)).strip():
-            yield rest
+        for line in lines.finish():
+            yield line
 
     def refuse(self, answer: ProviderAnswer, what: str) -> None:
         """Raise what an answer means that is not a success.
